@@ -1,0 +1,72 @@
+"""Errors estimated from an imatrix alone (diagonal second moments) and the experts' weights: no torch, no tokens."""
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rq_gguf.calibration.data import Calibration, LayerCalibration
+from rq_gguf.calibration.imatrix import NEVER_HIT_SELECTIONS, imatrix_rows
+from rq_gguf.calibration.requantize import Matrix, Tick, Weights, default_threads, in_threads, requantize
+from rq_gguf.calibration.wanda import wanda_importance
+from rq_gguf.errors import UserError
+from rq_gguf.format import GROUPS
+from rq_gguf.ggml import Ggml
+
+
+def measure_from_imatrix(
+    calibration: Calibration, weights: Weights, types: tuple[str, ...], ggml: Ggml, *, threads: int | None = None, tick: Tick = lambda: None
+) -> Calibration:
+    """A plain imatrix completed with what its diagonal second moments say about errors, given the experts' weights.
+
+    With s[m] the sums of squared inputs of matrix m over the expert's tokens and W[m] its weights, columns taken as uncorrelated:
+    - expert output energy E = sum_j s[down]_j |W[down]_:j|^2;
+    - error of down          = sum_j s[down]_j |dW[down]_:j|^2;
+    - error of gate and up   = E * (r[gate] + r[up]), r[m] = sum_j s[m]_j |dW[m]_:j|^2 / sum_j s[m]_j |W[m]_:j|^2: the relative error of
+      a product is the sum of its factors'.
+    Gate weights are unknown and taken as 1 / n_used. The residual energy is unknown too: errors are over the layer's total expert output
+    energy (in which the gate weights cancel), so they compare experts and types within a layer, and layers only as far as their experts
+    contribute alike to the residual stream.
+    An expert that was never hit takes the mean statistics of the layer's others for NEVER_HIT_SELECTIONS tokens.
+
+    tick: called per expert. Raises UserError where the imatrix does not say how many experts a token uses.
+    """
+    if calibration.n_expert_used < 1:
+        raise UserError(f"the imatrix of {calibration.model} does not say how many experts a token uses; make it again with llama-imatrix")
+    layers = (
+        _measure_moments(layer, calibration.n_expert_used, weights, types, ggml, threads or default_threads(), tick)
+        for layer in calibration.layers
+    )
+    return replace(calibration, types=types, layers=tuple(layers))
+
+
+def _measure_moments(
+    layer: LayerCalibration, n_used: int, weights: Weights, types: tuple[str, ...], ggml: Ggml, threads: int, tick: Tick
+) -> LayerCalibration:
+    # A merged gate_up has one entry for both of its halves.
+    keys = {m: m if m in layer.in_sum2 else "gate_up" for m in ("gate", "up", "down")}
+    tokens = np.maximum(layer.selections, NEVER_HIT_SELECTIONS)
+    importance = {m: imatrix_rows(layer.in_sum2[key], layer.selections) for m, key in keys.items()}
+    energy = np.zeros(layer.n_expert)
+    error = np.zeros((layer.n_expert, len(GROUPS), len(types)))
+    wanda = np.zeros(layer.n_expert)
+
+    def one(e: int) -> None:
+        w = {m: weights(layer.layer, m, e) for m in keys}
+        base = {m: float(_column_energy(w[m]) @ importance[m][e]) for m in w}
+        energy[e] = base["down"]
+        wanda[e] = wanda_importance(w, {m: layer.in_sum2[key][e] for m, key in keys.items()})
+        for t, type_name in enumerate(types):
+            change = {m: _column_energy(requantize(ggml, type_name, w[m], importance[m][e]) - w[m]) @ importance[m][e] for m in w}
+            error[e, 0, t] = base["down"] * sum(change[m] / base[m] for m in ("gate", "up") if base[m] > 0)
+            error[e, 1, t] = change["down"]
+
+    in_threads(one, layer.n_expert, threads, tick)
+    energy *= tokens
+    error *= tokens[:, None, None] / (energy.sum() or 1.0)
+    return replace(layer, gate_weight=layer.selections / n_used, output_energy=energy / n_used**2, error=error, wanda=wanda)
+
+
+def _column_energy(w: Matrix) -> NDArray[np.float64]:
+    """[cols] squared norm of each column of [rows, cols]."""
+    return np.einsum("ij,ij->j", w, w, dtype=np.float64)

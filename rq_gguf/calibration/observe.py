@@ -1,0 +1,89 @@
+"""What is counted while tokens pass a MoE block. Pure functions on tensors: no hooks, no IO."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Expert = Callable[[int], tuple[Tensor, Tensor, Tensor]]
+"""Expert index -> (gate [n_ff, n_embd], up [n_ff, n_embd], down [n_embd, n_ff])."""
+
+
+@dataclass(frozen=True)
+class BlockSums:
+    """Sums over tokens for one MoE block; float64 or int64 on the host, so that batches add up exactly enough."""
+
+    selections: NDArray[np.int64]  # [n_expert]
+    gate_weight: NDArray[np.float64]  # [n_expert]
+    output_energy: NDArray[np.float64]  # [n_expert] |gate weight x expert output|^2
+    in_gate_up: NDArray[np.float64]  # [n_expert, n_embd] squared inputs of gate and up
+    in_down: NDArray[np.float64]  # [n_expert, n_ff] squared inputs of down
+
+    def __add__(self, other: "BlockSums") -> "BlockSums":
+        return BlockSums(
+            self.selections + other.selections,
+            self.gate_weight + other.gate_weight,
+            self.output_energy + other.output_energy,
+            self.in_gate_up + other.in_gate_up,
+            self.in_down + other.in_down,
+        )
+
+
+def expert_hidden(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate x) * (up x), the input of down: [n, n_ff] for x [n, n_embd]."""
+    return torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+
+
+def observe_block(
+    x: Tensor, ids: Tensor, weights: Tensor, expert: Expert, *, n_expert: int, n_ff: int, mask: Tensor | None = None
+) -> BlockSums:
+    """Sums over one batch.
+
+    x: [n, n_embd] block inputs. ids: [n, top_k] chosen experts. weights: [n, top_k] their gate weights. expert: weights by index.
+    mask: bool [n], False for padding, which counts nowhere.
+    """
+    if mask is not None:
+        x, ids, weights = x[mask], ids[mask], weights[mask]
+    flat = ids.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    tokens, gates = order // ids.shape[1], weights.reshape(-1)[order].float()
+    selections = np.bincount(flat.cpu().numpy(), minlength=n_expert).astype(np.int64)
+
+    # Filled on the device and fetched once: a fetch per expert would make a GPU wait.
+    gate_weight, energy = x.new_zeros(2, n_expert, dtype=torch.float32)
+    in_gate_up = x.new_zeros(n_expert, x.shape[1], dtype=torch.float32)
+    in_down = x.new_zeros(n_expert, n_ff, dtype=torch.float32)
+    stop = 0
+    for e, n in enumerate(selections.tolist()):
+        start, stop = stop, stop + n
+        if n == 0:
+            continue
+        gate, up, down = expert(e)
+        xe, ge = x[tokens[start:stop]], gates[start:stop]
+        hidden = expert_hidden(xe, gate, up)
+        gate_weight[e] = ge.sum()
+        energy[e] = ((hidden @ down.T).float() * ge[:, None]).square().sum()
+        in_gate_up[e] = xe.float().square().sum(dim=0)
+        in_down[e] = hidden.float().square().sum(dim=0)
+    return BlockSums(selections, _host(gate_weight), _host(energy), _host(in_gate_up), _host(in_down))
+
+
+def _host(t: Tensor) -> NDArray[np.float64]:
+    return t.cpu().double().numpy()
+
+
+def residual_energy(hidden: Tensor, mask: Tensor | None = None) -> float:
+    """Sum of |residual stream|^2 over tokens: hidden [n, n_embd], mask bool [n]."""
+    if mask is not None:
+        hidden = hidden[mask]
+    return float(hidden.float().square().sum(dim=1).sum().item())
+
+
+def input_energy(x: Tensor, mask: Tensor | None = None) -> NDArray[np.float64]:
+    """[cols] sums of squared inputs of an ordinary linear layer: x [n, cols], mask bool [n]."""
+    if mask is not None:
+        x = x[mask]
+    return _host(x.float().square().sum(dim=0))

@@ -1,0 +1,37 @@
+"""What quantization makes of an expert's matrix, and threads to do it for many."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rq_gguf.ggml import Ggml
+from rq_gguf.planning.types import fallback
+
+Matrix = NDArray[np.float32]
+Weights = Callable[[int, str, int], Matrix]
+"""(block, matrix name gate/up/down, expert) -> [rows, cols] float32."""
+Tick = Callable[[], object]
+
+
+def requantize(ggml: Ggml, type_name: str, w: Matrix, importance: Matrix) -> Matrix:
+    """w [rows, cols] as it comes back from a file: quantized (to the fallback where its rows do not fit the type's blocks), dequantized."""
+    kind = fallback(type_name, w.shape[1])
+    return ggml.dequantize(kind, ggml.quantize(kind, w, importance), w.shape[1])
+
+
+def default_threads() -> int:
+    """As many as the process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_threads(work: Callable[[int], None], n: int, threads: int, tick: Tick) -> None:
+    """Call `work` with 0 to n - 1, `threads` at a time, and `tick` after each. On an error or Ctrl-C what has not begun is dropped."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for _ in pool.map(work, range(n)):
+            tick()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

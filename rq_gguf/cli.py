@@ -1,0 +1,266 @@
+"""The commands: parse, call one function per step, print. Rooms are imported inside the commands, so that --help is quick."""
+
+import errno
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from rq_gguf import __version__
+from rq_gguf.errors import UserError
+
+DEBUG = "RQ_GGUF_DEBUG"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Failure(click.ClickException):
+    """`Error: one sentence` on stderr."""
+
+    exit_code = 2
+
+
+class Bug(click.ClickException):
+    exit_code = 1
+
+
+class Commands(click.Group):
+    """Turns exceptions into one line and an exit status: 2 for a bad input, 130 for Ctrl-C, 1 for a bug."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            click.echo("Interrupted: finished steps are kept, nothing half-made was left behind", err=True)
+            ctx.exit(130)
+        except Exception as e:
+            if os.environ.get(DEBUG) == "1":
+                raise
+            raise _failure(e) from e
+
+
+def _failure(e: Exception) -> click.ClickException:
+    if isinstance(e, UserError):
+        return Failure(str(e))
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Failure(f"the disk is full{f' ({e.filename})' if e.filename else ''}; free some space and run the command again")
+    if isinstance(e, OSError) and e.filename:
+        return Failure(f"{e.filename}: {e.strerror}")
+    if isinstance(e, MemoryError):
+        return Failure("out of memory; close other programs or use a machine with more")
+    text = " ".join(str(e).split()) or "no message"
+    return Bug(f"unexpected {type(e).__name__}: {text} ({DEBUG}=1 shows where)")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="rq-gguf")
+def main() -> None:
+    """Copies of busy experts and per-expert types for mixture-of-experts GGUFs, under one byte budget."""
+    logger = logging.getLogger("rq_gguf")
+    logger.handlers = [_Stderr()]
+    logger.propagate = False
+
+
+class _Stderr(logging.Handler):
+    """Warnings as `Warning: ...` on stderr, whatever stderr is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"{record.levelname.capitalize()}: {record.getMessage()}", err=True)
+
+
+def _path(**checks: Any) -> click.Path:
+    return click.Path(path_type=Path, **checks)
+
+
+_INPUT = _path(exists=True, dir_okay=False)
+_JSON = click.option(
+    "--json", "json_file", type=_path(dir_okay=False, allow_dash=True), metavar="FILE", help="Write the figures as JSON (- for stdout)."
+)
+
+
+def _plan_options(command: _Function) -> _Function:
+    for option in (
+        click.option("--policy", type=click.Choice(["budget", "paper"]), default="budget", show_default=True,
+                     help="How copies and types are chosen; paper: Replicate-and-Quantize as published."),
+        click.option("--replicas", default="auto", show_default=True, metavar="N|auto|0", help="Copies per layer."),
+        click.option("--types", default="q4_k,q8_0", show_default=True, metavar="LIST", help="ggml types that experts may take."),
+        click.option("--budget", default="q8_0", show_default=True, metavar="TYPE|SIZE|BPW",
+                     help="What all experts take in a type (q8_0), the whole file's size (16GiB), or bits per expert weight (5.0bpw)."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _emit(lines: list[str], json_file: Path | None, data: dict[str, Any]) -> None:
+    """Print a report; with `--json -` the data has stdout and the lines go to stderr."""
+    to_stdout = json_file is not None and str(json_file) == "-"
+    click.echo("\n".join(lines), err=to_stdout)
+    if json_file is None:
+        return
+    text = json.dumps(data, indent=2) + "\n"
+    if to_stdout:
+        click.echo(text, nl=False)
+        return
+    from rq_gguf.writing.atomic import replacing
+
+    with replacing(json_file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("out", type=_path())
+@_plan_options
+@click.option("--calibration", type=_path(), metavar="TEXT_OR_FILE", help="Text to calibrate on, a calibration file, or an imatrix.")
+@click.option("--plan", type=_path(), metavar="FILE", help="Use this plan.json (edited, perhaps) instead of planning.")
+@click.option("--dry-run", is_flag=True, help="Stop after the plan and print what to expect.")
+@_JSON
+@click.option("--force", is_flag=True, help="Redo every step, and replace OUT whatever it is.")
+@click.pass_context
+def build(
+    ctx: click.Context,
+    model: str,
+    out: Path,
+    budget: str,
+    types: str,
+    replicas: str,
+    policy: str,
+    calibration: Path | None,
+    plan: Path | None,
+    dry_run: bool,
+    json_file: Path | None,
+    force: bool,
+) -> None:
+    """Build OUT from MODEL: calibrate, plan, write.
+
+    MODEL is `demo`, a Hugging Face directory or hub id, or an F16, BF16, F32 or Q8_0 GGUF together with --calibration. Steps that an
+    earlier run finished with the same inputs are skipped; their files are in OUT.rq beside OUT.
+    """
+    if plan is not None:
+        _refuse_beside_plan(ctx)
+    from rq_gguf import build as steps
+    from rq_gguf import verdict
+    from rq_gguf.runtime.tools import tool_path
+
+    choices = steps.check_choices(budget, types, replicas, policy)
+    report = steps.build(model, out, choices, calibration=calibration, plan=plan, dry_run=dry_run, force=force, say=_say)
+    lines, command = verdict.build_lines(report, dry_run), None
+    if not dry_run:
+        command = verdict.run_command(tool_path("llama-cli"), out)
+        lines += ["", "run it:", f"  {command}"]
+    _emit(lines, json_file, verdict.build_json(report, command))
+
+
+def _refuse_beside_plan(ctx: click.Context) -> None:
+    """A plan brings its own choices: others beside it would be ignored silently."""
+    for name in ("budget", "types", "replicas", "policy"):
+        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise Failure(f"--{name} and --plan exclude each other: the plan says it already; edit the plan instead")
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", "out", type=_path(dir_okay=False), required=True, metavar="FILE", help="The calibration file to write.")
+@click.option("--text", type=_INPUT, metavar="FILE", help="Text to calibrate on; the project's own by default.")
+@click.option("--tokens", type=click.IntRange(min=1), default=65536, show_default=True, metavar="N", help="Tokens of it to use.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option("--types", default="q4_k,q8_0", show_default=True, metavar="LIST", help="ggml types to measure.")
+def calibrate(model: str, out: Path, text: Path | None, tokens: int, device: str, types: str) -> None:
+    """Measure MODEL's experts: how busy they are, and what each type does to them.
+
+    The file is also an imatrix for llama-quantize.
+    """
+    from rq_gguf.build import calibrate_model
+
+    c = calibrate_model(model, out, text=text, tokens=tokens, device=device, types=types)
+    click.echo(f"{out}: {len(c.layers)} layers of {c.layers[0].n_expert} experts on {c.n_tokens} tokens, types {', '.join(c.types)}")
+
+
+@main.command()
+@click.argument("calibration", type=_INPUT)
+@click.option("-o", "--output", "out", type=_path(dir_okay=False), required=True, metavar="FILE", help="The plan.json to write.")
+@_plan_options
+@_JSON
+def plan(calibration: Path, out: Path, budget: str, types: str, replicas: str, policy: str, json_file: Path | None) -> None:
+    """Plan copies and types from a CALIBRATION file; the plan can be edited and given to build."""
+    from rq_gguf import build as steps
+    from rq_gguf import verdict
+
+    choices = steps.check_choices(budget, types, replicas, policy)
+    planned = steps.plan_calibration(calibration, out, choices)
+    _emit([*verdict.plan_lines(planned), f"plan      {out}"], json_file, verdict.plan_json(planned))
+
+
+@main.command()
+@click.argument("file", type=_INPUT)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(file: Path, as_json: bool) -> None:
+    """Validate FILE and show its tiers, copies, bytes, maps and provenance."""
+    from rq_gguf.writing import inspect as room
+
+    found = room.inspect(file)
+    click.echo(json.dumps(room.to_json(found), indent=2) if as_json else room.describe(found))
+
+
+@main.command("eval")
+@click.argument("out", type=_INPUT)
+@click.argument("more", type=_INPUT, nargs=-1, metavar="")
+@click.option("--base", type=_INPUT, required=True, metavar="GGUF", help="The model that OUT was made from, to compare with.")
+@click.option("--text", "texts", type=_INPUT, multiple=True, required=True, metavar="FILE...", help="Texts to evaluate on.")
+@click.option("--chunks", type=click.IntRange(min=1), default=80, show_default=True, help="Chunks of 512 tokens, of all texts mixed.")
+@click.option("--threads", type=click.IntRange(min=1), help="llama.cpp's default if not given.")
+@_JSON
+def evaluate(
+    out: Path, more: tuple[Path, ...], base: Path, texts: tuple[Path, ...], chunks: int, threads: int | None, json_file: Path | None
+) -> None:
+    """Compare OUT with its base: perplexity, KL divergence, and the balance of the experts' load."""
+    from rq_gguf.evaluation import evaluate as room
+
+    # An option takes one value: what follows in `--text a.txt b.txt` arrives as further arguments behind OUT.
+    found = room.evaluate(out, base, [*texts, *more], chunks=chunks, threads=threads)
+    _emit(room.describe(found).splitlines(), json_file, room.to_json(found))
+
+
+@main.group()
+def runtime() -> None:
+    """The patched llama.cpp that runs the files."""
+
+
+@runtime.command()
+@click.option("--backend", default="cpu", show_default=True, help="What it computes on.")
+@click.option(
+    "--llama-cpp", "checkout", type=_path(exists=True, file_okay=False), metavar="DIR", help="Your own checkout instead of the pinned one."
+)
+@click.option("--unpatched", is_flag=True, help="Build it without the patches, for comparisons.")
+def install(backend: str, checkout: Path | None, unpatched: bool) -> None:
+    """Fetch, patch and build llama.cpp; does only what is missing."""
+    from rq_gguf.runtime.installation import install as install_runtime
+
+    click.echo(install_runtime(backend, checkout, unpatched))
+
+
+@runtime.command()
+@click.argument("tool", required=False)
+def path(tool: str | None) -> None:
+    """Print where the programs are, or where TOOL is."""
+    from rq_gguf.runtime.tools import bin_dir, tool_path
+
+    click.echo(tool_path(tool) if tool else bin_dir())
+
+
+@runtime.command()
+def doctor() -> None:
+    """Say what is needed, what is there, and how to get the rest."""
+    from rq_gguf.runtime.doctor import doctor as run_doctor
+
+    if not run_doctor():
+        raise click.exceptions.Exit(2)

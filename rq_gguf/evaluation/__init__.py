@@ -1,0 +1,4 @@
+"""Evaluation: how far a file is from its base model, and how evenly it loads its experts, both as llama.cpp runs it.
+
+quality drives llama-perplexity, balance reads the counts of the patched llama.cpp, text mixes files; evaluate puts them together.
+"""

@@ -1,0 +1,172 @@
+"""`rq-gguf eval`: quality against the base model and balance of the experts' load, on the user's texts."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rq_gguf.errors import UserError
+from rq_gguf.evaluation.balance import COUNTS_VARIABLE, Balance, measure_balance, read_counts
+from rq_gguf.evaluation.quality import (
+    LABELS,
+    N_CTX,
+    Figure,
+    Quality,
+    check_same_vocabulary,
+    measure_quality,
+    parse_estimate,
+    run_perplexity,
+)
+from rq_gguf.evaluation.text import BLOCK, mix, read_text
+
+CHUNKS = 80
+FILE_CHUNKS = 30
+"""Chunks per text when each is run on its own, for its balance."""
+_CHARACTERS_PER_CHUNK = 3 * N_CTX
+"""A low estimate, so that even few chunks reach every text."""
+
+
+@dataclass(frozen=True)
+class TextBalance:
+    """Balance on one text."""
+
+    text: str
+    balance: Balance
+    ppl: Figure
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found."""
+
+    out: Path
+    base: Path
+    out_bytes: int
+    base_bytes: int
+    texts: tuple[Path, ...]
+    quality: Quality
+    """On the mix of all texts."""
+    balance: Balance
+    """In the same run."""
+    by_text: tuple[TextBalance, ...]
+    """Each text by itself; empty where there is only one."""
+
+
+def evaluate(
+    out: Path,
+    base: Path,
+    texts: Sequence[Path],
+    *,
+    chunks: int = CHUNKS,
+    file_chunks: int = FILE_CHUNKS,
+    threads: int | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Run `out` and `base` on the texts, mixed evenly, and `out` on each text by itself.
+
+    out: a tiered or a stock GGUF. base: the GGUF that it was made from, or another of the same model. chunks, file_chunks: chunks of
+    512 tokens at most, of the mix and of each text. threads: llama.cpp's default where None.
+    Raises UserError for files that are missing, no GGUFs or of different models, and for texts too short to be scored.
+    """
+    if chunks < 1 or file_chunks < 1:
+        raise UserError(f"--chunks {min(chunks, file_chunks)} leaves nothing to evaluate; give 1 or more")
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads {threads} cannot run anything; give 1 or more")
+    if not texts:
+        raise UserError("no text to evaluate on; give at least one --text FILE")
+    contents = [read_text(path) for path in texts]
+    check_same_vocabulary(out, base)
+    with tempfile.TemporaryDirectory(prefix="rq-gguf-eval-") as directory:
+        work = Path(directory)
+        mixed = work / ("mix.txt" if len(texts) > 1 else texts[0].name)
+        block = min(BLOCK, max(256, chunks * _CHARACTERS_PER_CHUNK // len(texts)))
+        mixed.write_text(mix(contents, block), encoding="utf-8")
+        counts = work / "counts.json"
+        quality = measure_quality(
+            out, base, mixed, chunks=chunks, work=work, threads=threads, env={COUNTS_VARIABLE: str(counts)}, progress=progress
+        )
+        balance = measure_balance(read_counts(counts))
+        mixed.unlink()
+        by_text = [_run_text(out, path, file_chunks, threads, work, progress) for path in texts] if len(texts) > 1 else []
+    return Evaluation(out, base, out.stat().st_size, base.stat().st_size, tuple(texts), quality, balance, tuple(by_text))
+
+
+def _run_text(out: Path, text: Path, chunks: int, threads: int | None, work: Path, progress: bool) -> TextBalance:
+    counts = work / "counts.json"
+    counts.unlink(missing_ok=True)
+    what = f"{out.name} on {text.stem}"
+    env = {COUNTS_VARIABLE: str(counts)}
+    printed = run_perplexity(out, ["-f", text], chunks=chunks, threads=threads, env=env, what=what, progress=progress)
+    return TextBalance(text.name, measure_balance(read_counts(counts)), parse_estimate(printed, text))
+
+
+def describe(e: Evaluation) -> str:
+    """The evaluation as a table for people: quality on the mix, balance on the mix and on each text."""
+    q, n = e.quality, len(e.texts)
+    where = f"{n} texts mixed" if n > 1 else e.texts[0].name
+    change = 100 * (q.ppl.value / q.ppl_base.value - 1)
+    lines = [
+        f"{e.out} ({e.out_bytes:,} bytes) against {e.base} ({e.base_bytes:,} bytes)",
+        "",
+        f"quality   {where}, {q.chunks} chunks of {N_CTX} tokens",
+        *(f"  {label:<14}  {text}" for label, text in _quality_rows(q)),
+        f"  {'PPL change':<14}  {change:+.2f} %",
+        "",
+        "balance   LIS as llama.cpp counted it, mean over layers (1 is even); reduction: mean over layers of before / after",
+    ]
+    rows = [("text", "tokens", "before", "after", "reduction", "per physical expert"), _balance_row(where, e.balance)]
+    rows += [_balance_row(t.text, t.balance) for t in e.by_text]
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    for row in rows:
+        lines.append("  " + "  ".join(v.ljust(w) if c == 0 else v.rjust(w) for c, (v, w) in enumerate(zip(row, widths, strict=True))))
+    worst = e.balance.worst
+    lines.append(
+        f"  worst layer {worst.layer}: LIS {worst.before:.2f} -> {worst.after:.2f}; ratio of the means {e.balance.reduction_of_means:.2f}x"
+    )
+    if e.by_text:
+        mean = sum(t.balance.reduction for t in e.by_text) / n
+        lines.append(f"  mean reduction over the {n} texts, each by itself: {mean:.2f}x")
+    return "\n".join(lines)
+
+
+def _quality_rows(q: Quality) -> list[tuple[str, str]]:
+    digits = {"ppl": 4, "ppl_base": 4, "kld": 6, "kld_999": 6, "rms_dp": 3, "same_top": 3}
+    rows = []
+    for field, label in LABELS.items():
+        figure: Figure = getattr(q, field)
+        text = f"{figure.value:.{digits[field]}f}"
+        if figure.error is not None:
+            text += f" ± {figure.error:.{digits[field]}f}"
+        rows.append((label, text + (" %" if field in ("rms_dp", "same_top") else "")))
+    return rows
+
+
+def _balance_row(name: str, b: Balance) -> tuple[str, ...]:
+    return (name, f"{b.n_tokens:,}", f"{b.before:.2f}", f"{b.after:.2f}", f"{b.reduction:.2f}x", f"{b.over_physical:.2f}")
+
+
+def to_json(e: Evaluation) -> dict[str, Any]:
+    """The evaluation as plain data for json.dump."""
+    return {
+        "file": str(e.out),
+        "base": str(e.base),
+        "file_bytes": e.out_bytes,
+        "base_bytes": e.base_bytes,
+        "texts": [str(t) for t in e.texts],
+        "quality": {"chunks": e.quality.chunks, **{label: asdict(getattr(e.quality, field)) for field, label in LABELS.items()}},
+        "balance": _balance_json(e.balance),
+        "by_text": [{"text": t.text, "PPL": asdict(t.ppl), "balance": _balance_json(t.balance)} for t in e.by_text],
+    }
+
+
+def _balance_json(b: Balance) -> dict[str, Any]:
+    return {
+        "tokens": b.n_tokens,
+        "lis_before": b.before,
+        "lis_after": b.after,
+        "lis_over_physical": b.over_physical,
+        "reduction": b.reduction,
+        "reduction_of_means": b.reduction_of_means,
+        "layers": [asdict(x) for x in b.layers],
+    }

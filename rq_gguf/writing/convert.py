@@ -1,0 +1,77 @@
+"""A base GGUF from a Hugging Face model directory, by the pinned llama.cpp's own converter."""
+
+import json
+import struct
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from rq_gguf.errors import UserError
+from rq_gguf.runtime.tools import run_tool, source_path
+from rq_gguf.writing.atomic import replacing
+
+_OUTTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+
+
+def convert_base(model_dir: Path, out: Path, *, progress: bool = True) -> None:
+    """Convert a model directory to a GGUF whose weights keep the checkpoint's float type. `out` appears only when complete.
+
+    Raises UserError for what is no model directory and with the converter's own last line where that fails.
+    """
+    if not (model_dir / "config.json").is_file():
+        raise UserError(f"{model_dir} is not a Hugging Face model directory: it has no config.json")
+    weights = sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("pytorch_model*.bin")])
+    if not weights:
+        raise UserError(f"{model_dir} holds no weights (*.safetensors or pytorch_model*.bin)")
+    converter = source_path("convert_hf_to_gguf.py")
+    total = sum(w.stat().st_size for w in weights)
+    quiet = None if progress else True  # None: only where stderr is a terminal
+    with (
+        replacing(out) as temporary,
+        tqdm(desc="convert", total=total, unit="B", unit_scale=True, unit_divisor=1024, delay=0.5, leave=False, disable=quiet) as bar,
+    ):
+
+        def show(_text: str) -> None:
+            # The converter talks all the time; the file it writes says how far it is.
+            bar.update(min(temporary.stat().st_size, total) - bar.n)
+
+        # The converter fills in {ftype} and the like in the name it is given.
+        outfile = temporary.with_name(temporary.name.replace("{", "{{").replace("}", "}}"))
+        try:
+            run_tool([sys.executable, converter, model_dir, "--outfile", outfile, "--outtype", _outtype(weights)], on_output=show)
+        except UserError as e:
+            raise UserError(f"cannot convert {model_dir}: {e}") from e
+
+
+def _outtype(weights: list[Path]) -> str:
+    """The converter's name for the float type that most weights have; `auto` (a 16-bit type) where that is none it can keep."""
+    bytes_by_type: Counter[str] = Counter()
+    for path in weights:
+        if path.suffix != ".safetensors":
+            return "auto"
+        for entry in _safetensors_header(path).values():
+            start, end = entry.get("data_offsets", (0, 0))
+            bytes_by_type[entry.get("dtype", "")] += end - start
+    kind = bytes_by_type.most_common(1)[0][0] if bytes_by_type else ""
+    return _OUTTYPES.get(kind, "auto")
+
+
+def _safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> {dtype, shape, data_offsets}. Format: https://huggingface.co/docs/safetensors"""
+    try:
+        with open(path, "rb") as f:
+            (n,) = struct.unpack("<Q", f.read(8))
+            size = path.stat().st_size
+            header = json.loads(f.read(n)) if n <= size else None
+    except (OSError, struct.error, ValueError):
+        header = None
+    if not isinstance(header, dict):
+        raise UserError(f"{path} is no complete safetensors file; get it again")
+    header.pop("__metadata__", None)
+    last = max((e["data_offsets"][1] for e in header.values()), default=0)
+    if 8 + n + last > size:
+        raise UserError(f"{path} is truncated: its data ends at byte {8 + n + last}, the file at {size}; get it again")
+    return header

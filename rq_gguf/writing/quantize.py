@@ -1,0 +1,57 @@
+"""From stored rows to stored rows of another type: the unit of work of a write."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rq_gguf.errors import UserError
+from rq_gguf.ggml import QUANTIZABLE, Ggml
+from rq_gguf.writing.gguf_file import Tensor
+from rq_gguf.writing.source import Source, to_float32
+
+PIECE_WEIGHTS = 1 << 18
+"""Weights that one step of a thread works on: long enough to make Python's share small, short enough for caches and for Ctrl-C."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive rows of one tensor (of one expert, where it stacks experts), and where their bytes go."""
+
+    tensor: Tensor
+    first_row: int
+    n_rows: int
+    type: str
+    offsets: tuple[int, ...]
+    """In the new file: one, and more where an expert's copies have the same type."""
+    imatrix: NDArray[np.float32] | None = None
+    """[columns]"""
+    expert: int | None = None
+    """Logical expert, for messages."""
+
+
+def convert(piece: Piece, source: Source, ggml: Ggml) -> NDArray[np.uint8]:
+    """The piece's rows in its type, uint8 [n_rows, row_bytes], as llama-quantize would write them.
+
+    Raises UserError that names tensor and expert for weights that are not finite and for types that need a missing imatrix.
+    """
+    tensor = piece.tensor
+    raw = source.read(tensor, piece.first_row, piece.n_rows)
+    if piece.type == tensor.type:
+        if tensor.type in QUANTIZABLE and not ggml.validate(tensor.type, raw):
+            raise UserError(f"{_where(piece, source)} holds NaN or infinite values; get the model again")
+        return raw
+    weights = to_float32(tensor, raw, ggml)
+    try:
+        rows = ggml.quantize(piece.type, weights, piece.imatrix)
+    except UserError as e:
+        if not np.isfinite(weights).all():
+            raise UserError(f"{_where(piece, source)} holds NaN or infinite values; get the model again") from e
+        raise UserError(f"{_where(piece, source)}: {e}") from e
+    if not ggml.validate(piece.type, rows):
+        raise UserError(f"{_where(piece, source)} holds weights too large for {piece.type}; choose another type")
+    return rows
+
+
+def _where(piece: Piece, source: Source) -> str:
+    return f"{source.path}: " + (piece.tensor.name if piece.expert is None else f"expert {piece.expert} of {piece.tensor.name}")

@@ -1,0 +1,130 @@
+"""The adapters see what the models do: the same choices, and experts that add up to the block's own output."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import N_EMBD, N_EXPERT, N_FF, TOP_K, tiny_model
+from torch import Tensor, nn
+
+from rq_gguf.calibration.families import FAMILIES, MoeBlock, family_of, moe_blocks
+from rq_gguf.calibration.observe import expert_hidden, observe_block
+from rq_gguf.errors import UserError
+
+
+def routed_sum(block: MoeBlock, x: Tensor) -> Tensor:
+    """[n, n_embd] what the experts add, computed from the adapter alone."""
+    ids, weights = block.route(x)
+    out = torch.zeros_like(x)
+    for e in range(block.n_expert):
+        token, slot = torch.where(ids == e)
+        gate, up, down = block.expert(e)
+        out[token] += (expert_hidden(x[token], gate, up) @ down.T) * weights[token, slot, None]
+    return out
+
+
+def passed(model: Any) -> list[tuple[MoeBlock, Tensor, Tensor, Any]]:
+    """Per block: (adapter, its inputs, its outputs, its router's outputs) for a pass of random tokens."""
+    blocks = list(moe_blocks(model.model.layers, model.config))
+    seen: dict[int, list[Any]] = {b.layer: [] for b in blocks}
+    for b in blocks:
+        b.module.register_forward_hook(lambda _m, args, out, i=b.layer: seen[i].extend([args[0], out]))
+        b.module.gate.register_forward_hook(lambda _m, _args, out, i=b.layer: seen[i].append(out))
+    model.model(input_ids=torch.randint(0, 96, (3, 40), generator=torch.Generator().manual_seed(1)), use_cache=False)
+    result = []
+    for b in blocks:
+        router, x, out = seen[b.layer]
+        out = out[0] if isinstance(out, tuple) else out
+        result.append((b, x.reshape(-1, N_EMBD), out.reshape(-1, N_EMBD), router))
+    return result
+
+
+def chosen(router: Any) -> Tensor:
+    """[n, top_k] ids from what the router module returned: its choice (transformers 5) or its logits (4.57)."""
+    if isinstance(router, tuple):
+        return router[2]
+    return torch.topk(torch.softmax(router.float(), dim=-1), TOP_K, dim=-1).indices
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_choices_and_outputs(model_type: str) -> None:
+    for block, x, out, router in passed(tiny_model(model_type)):
+        assert block.n_expert == N_EXPERT
+        ids, weights = block.route(x)
+        assert torch.equal(ids.sort().values, chosen(router).reshape(-1, TOP_K).sort().values)
+        expected = torch.bincount(chosen(router).reshape(-1), minlength=N_EXPERT)
+        assert expected.min() < expected.max()
+        sums = observe_block(x, ids, weights, block.expert, n_expert=N_EXPERT, n_ff=N_FF)
+        assert sums.selections.tolist() == expected.tolist()
+        assert sums.gate_weight.sum() == pytest.approx(weights.sum().item(), rel=1e-5)
+
+        routed = out
+        if hasattr(block.module, "shared_expert"):
+            share = torch.sigmoid(block.module.shared_expert_gate(x))  # type: ignore[operator]
+            routed = out - share * block.module.shared_expert(x)  # type: ignore[operator]
+        assert routed.abs().max() > 1e-5
+        assert torch.allclose(routed_sum(block, x), routed, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_normalization_follows_the_config(normalized: bool) -> None:
+    for block, x, out, _ in passed(tiny_model("olmoe", norm_topk_prob=normalized)):
+        total = block.route(x)[1].sum(dim=-1)
+        assert torch.allclose(total, torch.ones_like(total)) == normalized
+        assert torch.allclose(routed_sum(block, x), out, rtol=1e-4, atol=1e-7)
+
+
+class _Expert(nn.Module):
+    def __init__(self, names: tuple[str, ...], weights: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        for name, w in zip(names, weights, strict=True):
+            linear = nn.Linear(w.shape[1], w.shape[0], bias=False)
+            linear.weight = nn.Parameter(w, requires_grad=False)
+            setattr(self, name, linear)
+
+
+@pytest.mark.parametrize(("model_type", "names"), [("mixtral", ("w1", "w3", "w2")), ("qwen3_moe", ("gate_proj", "up_proj", "down_proj"))])
+def test_experts_in_a_module_list(model_type: str, names: tuple[str, ...]) -> None:
+    """The layout of transformers 4.57, made from the fused one, gives the same matrices."""
+    model = tiny_model(model_type)
+    layers = model.model.layers
+    fused = list(moe_blocks(layers, model.config))
+    weights = [[b.expert(e) for e in range(N_EXPERT)] for b in fused]
+    for b in fused:
+        b.module.experts = nn.ModuleList(_Expert(names, weights[b.layer][e]) for e in range(N_EXPERT))
+        for name in ("mlp", "block_sparse_moe"):
+            if hasattr(layers[b.layer], name):
+                delattr(layers[b.layer], name)
+        layers[b.layer].block_sparse_moe = b.module
+    apart = list(moe_blocks(layers, model.config))
+    assert [b.layer for b in apart] == [0, 1]
+    for b in apart:
+        for e in range(N_EXPERT):
+            gate, up, down = b.expert(e)
+            assert (gate.shape, down.shape) == ((N_FF, N_EMBD), (N_EMBD, N_FF))
+            assert all(torch.equal(a, w) for a, w in zip((gate, up, down), weights[b.layer][e], strict=True))
+
+
+def test_dense_layers_between_are_passed_over() -> None:
+    model = tiny_model("qwen3_moe", num_hidden_layers=3, mlp_only_layers=[1])
+    assert [b.layer for b in moe_blocks(model.model.layers, model.config)] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "llama"}, "M is a dense model"),
+        ({"model_type": "qwen3_moe", "num_experts": 0}, "M is a dense model"),
+        ({"model_type": "deepseek_v2", "n_routed_experts": 64}, "deepseek_v2, and calibration knows mixtral, olmoe, .*llama-imatrix"),
+        ({"model_type": "mixtral", "num_local_experts": 8, "hidden_act": "gelu"}, "activation gelu"),
+    ],
+)
+def test_unsuitable_models(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        family_of(config, "M")
+
+
+def test_architectures_are_those_of_gguf() -> None:
+    import gguf
+
+    assert {f.arch for f in FAMILIES.values()} <= set(gguf.MODEL_ARCH_NAMES.values())

@@ -1,0 +1,54 @@
+"""What tests of every room share: the models, the texts and the built llama.cpp."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rq_gguf.errors import UserError
+from rq_gguf.runtime import tools
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def need(present: bool, reason: str) -> None:
+    """Skip a test that lacks what it needs; in CI, where everything must be there, fail it."""
+    if not present:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI lacks what this test needs: {reason}")
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of test models and texts beside the repository; it is not part of the project."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "models" / "lab").is_dir():
+        pytest.skip(f"the test models are not there ({folder})")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The embedded demo model, a Hugging Face directory."""
+    return ROOT / "rq_gguf" / "data" / "demo"
+
+
+@pytest.fixture(scope="session")
+def runtime() -> Path:
+    """The bin directory of the patched llama.cpp."""
+    return built(unpatched=False)
+
+
+@pytest.fixture(scope="session")
+def stock_runtime() -> Path:
+    """The bin directory of the unpatched llama.cpp."""
+    return built(unpatched=True)
+
+
+def built(unpatched: bool) -> Path:
+    try:
+        return tools.bin_dir(unpatched)
+    except UserError as e:
+        need(False, str(e))
+        raise

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# All checks: ruff, mypy and pytest, in .venv. Builds the patched llama.cpp and, for comparisons, an unpatched one first (about 15 minutes
+# on 2 cores the first time, seconds after).
+#
+#   bash tools/test.sh [pytest's arguments]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+setup -e ".[test]"
+ruff check .
+mypy
+rq-gguf runtime install
+rq-gguf runtime install --unpatched
+exec python -m pytest "$@" </dev/null
