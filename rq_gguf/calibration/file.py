@@ -97,7 +97,7 @@ def read_calibration(path: Path) -> Calibration:
 
 
 def read_imatrix(path: Path) -> Calibration:
-    """A GGUF imatrix of llama-imatrix, nothing measured: see measure.measure_from_imatrix.
+    """A GGUF imatrix of llama-imatrix, nothing measured: see moments.measure_from_imatrix.
 
     Fields that such a file does not hold are 0 or "". Raises UserError naming the file if it is of another kind, truncated,
     inconsistent, or without per-expert counts.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rq_gguf.errors import UserError
+from rq_gguf.writing.atomic import reason
 
 BLOCK = 8192
 """Characters taken from a text before the next one's turn."""
@@ -49,7 +50,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text; convert it") from e
     except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}") from e
+        raise UserError(f"{path} cannot be read: {reason(e)}") from e
     if not text.strip():
         raise UserError(f"{path} is empty; give a text to evaluate on")
     return text

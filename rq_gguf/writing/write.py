@@ -237,12 +237,15 @@ def _reserve(fd: int, total: int) -> None:
 
 
 class _Workers:
-    """Threads that take pieces in order from one iterator; the first error stops them all."""
+    """Threads that take pieces in order from one iterator; an error stops them all.
+
+    Whoever fails, all earlier pieces have been taken and are finished, so the earliest piece's error is the same in every run.
+    """
 
     def __init__(self, pieces: Iterator[Piece], work: Callable[[Piece], int]) -> None:
-        self._pieces, self._work = pieces, work
+        self._pieces, self._work = enumerate(pieces), work
         self._lock, self._stop = threading.Lock(), threading.Event()
-        self._errors: list[BaseException] = []
+        self._errors: list[tuple[int, BaseException]] = []
         self._written = 0
 
     def run(self, threads: int, bar: "tqdm[None]") -> int:
@@ -263,19 +266,21 @@ class _Workers:
                 if w.ident is not None:
                     w.join()
         if self._errors:
-            raise self._errors[0]
+            raise min(self._errors, key=lambda error: error[0])[1]
         return self._written
 
     def _loop(self) -> None:
+        number = -1  # until a piece is taken: making one failed
         try:
             while not self._stop.is_set():
                 with self._lock:
-                    piece = next(self._pieces, None)
-                if piece is None:
+                    taken = next(self._pieces, None)
+                if taken is None:
                     return
+                number, piece = taken
                 n = self._work(piece)
                 with self._lock:
                     self._written += n
         except BaseException as e:
-            self._errors.append(e)
+            self._errors.append((number, e))
             self._stop.set()

@@ -1,12 +1,14 @@
 """Files that the golden tests share: the demo model as GGUFs, tokens, and what llama.cpp and the reference make of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
+import torch
 from golden.llama_lib import Job, Result, Step, prompt, run
 from golden.reference import Model, Reference, load, nmse
 
@@ -83,12 +85,15 @@ class Compared:
     regret: float
     """Reference.regret, the most over steps."""
     physical_equal: bool
-    """Whether all ids of physical experts are those that the reference expects; True where the file has no map."""
+    """Whether all ids of physical experts are those that the reference expects; True where a layer has no map."""
 
 
 def compare(model: Model, result: Result, steps: list[Step]) -> Compared:
     """What the reference makes of a run of llama.cpp, given the logical experts that llama.cpp chose."""
     reference, errors, regret, equal = Reference(model), [], 0.0, True
+    # Small matrices: torch's threads cost more than they bring, ten times as much where cores are shared.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for step, logits, captured in zip(steps, result.logits, result.captured, strict=True):
         forced = [captured[f"ffn_moe_topk-{i}"].astype(np.int64) for i in range(model.n_layer)]
         expected = reference.step(np.array(step.tokens), np.array(step.positions), np.array(step.sequences), forced)
@@ -97,18 +102,23 @@ def compare(model: Model, result: Result, steps: list[Step]) -> Compared:
         for i, routed in enumerate(reference.routed):
             physical = captured.get(f"ffn_moe_phys-{i}")
             equal = equal and (physical is None or np.array_equal(physical, routed["physical"]))
+    torch.set_num_threads(threads)
     return Compared(result, errors, regret, equal)
 
 
 @pytest.fixture(scope="session")
 def compared(runtime, steps, work) -> Callable[..., Compared]:
     """Runs a file on the patched llama.cpp and compares it with the reference."""
+    cached = lru_cache(maxsize=1)(load)
 
     def make(path: Path, **options) -> Compared:
         result = run(Job(runtime / "libllama.so", path, steps, capture=True, **options), work)
-        model = load(path)
-        model.dispatch = options.get("overrides", {}).get("rq.dispatch", model.dispatch)
-        model.block = options.get("overrides", {}).get("rq.dispatch_block", model.block)
+        model, overrides = cached(path), options.get("overrides", {})
+        model = replace(
+            model,
+            dispatch=overrides.get("rq.dispatch", model.dispatch),
+            block=overrides.get("rq.dispatch_block", model.block),
+        )
         return compare(model, result, steps)
 
     return make
