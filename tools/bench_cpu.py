@@ -6,6 +6,7 @@ MODEL: a Hugging Face directory (`rq_gguf/data/demo`) or a GGUF in F16, BF16 or 
 `--unpatched`. Makes stock files with all experts in Q8_0 and in Q4_K (llama-quantize), tiered files with the same bits in one tier, and
 one in which every other expert is Q8_0 and the rest Q4_K. In each round every file runs pp512 and tg64 once, in random order.
 Ratios are medians over rounds of the two figures of the same round: shared cores drift, and neighbours in time drift together.
+On a machine that does other work use --threads 1 and many rounds: with more threads, each waits for the one that was set aside.
 The mixed file is compared with the mean of the unpatched build's two speeds, weighted by the share of expert selections that each type
 serves in the mixed file's own run (counted by the patched llama.cpp).
 """
