@@ -1,6 +1,7 @@
 """What tests of every room share: the models, the texts and the built llama.cpp."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from rq_gguf.errors import UserError
 from rq_gguf.runtime import tools
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# A shell starts background jobs with SIGINT ignored and children inherit that: tests of Ctrl-C could not work there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def need(present: bool, reason: str) -> None:
