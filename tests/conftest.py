@@ -8,6 +8,7 @@ import pytest
 
 from rq_gguf.errors import UserError
 from rq_gguf.runtime import tools
+from rq_gguf.writing.convert import convert_base
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,6 +49,14 @@ def runtime() -> Path:
 def stock_runtime() -> Path:
     """The bin directory of the unpatched llama.cpp."""
     return built(unpatched=True)
+
+
+@pytest.fixture(scope="session")
+def demo_base(demo_model, runtime, tmp_path_factory) -> Path:
+    """The demo model as a GGUF in bf16."""
+    path = tmp_path_factory.mktemp("demo") / "demo.gguf"
+    convert_base(demo_model, path, progress=False)
+    return path
 
 
 def built(unpatched: bool) -> Path:

@@ -10,16 +10,8 @@ from rq_gguf.evaluation.balance import COUNTS_VARIABLE, Balance, LayerBalance
 from rq_gguf.evaluation.evaluate import Evaluation, TextBalance, describe, evaluate, to_json
 from rq_gguf.evaluation.quality import Figure, Quality
 from rq_gguf.runtime.tools import run_tool
-from rq_gguf.writing.convert import convert_base
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def base(runtime, demo_model, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("evaluation") / "demo.gguf"
-    convert_base(demo_model, path, progress=False)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +27,11 @@ def texts(tmp_path_factory) -> list[Path]:
 
 @pytest.mark.runtime
 @pytest.mark.e2e
-def test_a_stock_file(base, texts, tmp_path, monkeypatch):
+def test_a_stock_file(demo_base, texts, tmp_path, monkeypatch):
     out, counts = tmp_path / "q4.gguf", tmp_path / "counts.json"
-    run_tool(["llama-quantize", base, out, "Q4_K", "2"])
+    run_tool(["llama-quantize", demo_base, out, "Q4_K", "2"])
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    found = evaluate(out, base, texts, chunks=4, file_chunks=2, threads=2, progress=False)
+    found = evaluate(out, demo_base, texts, chunks=4, file_chunks=2, threads=2, progress=False)
     q = found.quality
     assert q.chunks == 4
     assert 0.001 < q.kld.value < 0.1 and 0 < q.kld.error < 0.01 < q.kld_999.value
@@ -58,11 +50,11 @@ def test_a_stock_file(base, texts, tmp_path, monkeypatch):
 
 
 @pytest.mark.runtime
-def test_a_text_that_is_too_short(base, tmp_path):
+def test_a_text_that_is_too_short(demo_base, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("Once upon a time.")
     with pytest.raises(UserError, match="scored nothing of short.txt: give a text of at least 1024 tokens"):
-        evaluate(base, base, [text], chunks=2, threads=2, progress=False)
+        evaluate(demo_base, demo_base, [text], chunks=2, threads=2, progress=False)
 
 
 def test_bad_arguments(tmp_path):

@@ -13,7 +13,6 @@ from golden.llama_lib import Job, Result, Step, prompt, run
 from golden.reference import Model, Reference, load, nmse
 
 from rq_gguf.runtime.tools import run_tool
-from rq_gguf.writing.convert import convert_base
 
 ROOT = Path(__file__).resolve().parents[2]
 N_SEQUENCES = 8
@@ -27,15 +26,7 @@ def work(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def base(demo_model, work, runtime) -> Path:
-    """The demo model in bf16."""
-    path = work / "demo.gguf"
-    convert_base(demo_model, path, progress=False)
-    return path
-
-
-@pytest.fixture(scope="session")
-def stock_file(base, work) -> Callable[..., Path]:
+def stock_file(demo_base, work) -> Callable[..., Path]:
     """Makes what llama-quantize makes of the demo model: experts in a type, the rest in Q8_0."""
     made: dict[tuple[str, Path | None], Path] = {}
 
@@ -43,7 +34,7 @@ def stock_file(base, work) -> Callable[..., Path]:
         if (type_name, imatrix) not in made:
             path = work / f"stock-{type_name}{'-imatrix' if imatrix else ''}.gguf"
             options = ["--imatrix", imatrix] if imatrix else []
-            run_tool(["llama-quantize", *options, "--tensor-type", f"_exps={type_name}", base, path, "Q8_0", "2"])
+            run_tool(["llama-quantize", *options, "--tensor-type", f"_exps={type_name}", demo_base, path, "Q8_0", "2"])
             made[type_name, imatrix] = path
         return made[type_name, imatrix]
 

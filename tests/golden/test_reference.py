@@ -35,12 +35,12 @@ def test_nmse_ignores_a_shift_of_all_logits():
 
 
 @pytest.mark.golden
-def test_reference_is_the_model_in_transformers(base, demo_model, tokens):
+def test_reference_is_the_model_in_transformers(demo_base, demo_model, tokens):
     from transformers import AutoModelForCausalLM
 
     ids = np.array([1, *tokens[:63]])
     expected = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32).eval()(torch.as_tensor(ids)[None]).logits[0]
-    logits = Reference(load(base)).step(ids, np.arange(len(ids)), np.zeros_like(ids))
+    logits = Reference(load(demo_base)).step(ids, np.arange(len(ids)), np.zeros_like(ids))
     assert nmse(logits.numpy(), expected.detach().numpy()).max() < 1e-9
 
 

@@ -40,10 +40,10 @@ def calibration() -> Calibration:
 
 
 @pytest.fixture(scope="module")
-def write(base, work, calibration) -> Callable[[str, Plan], Path]:
+def write(demo_base, work, calibration) -> Callable[[str, Plan], Path]:
     def make(name: str, plan: Plan) -> Path:
         path = work / f"{name}.gguf"
-        write_model(base, plan, calibration, path, ggml=Ggml(library_path()), progress=False)
+        write_model(demo_base, plan, calibration, path, ggml=Ggml(library_path()), progress=False)
         return path
 
     return make
