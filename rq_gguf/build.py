@@ -2,7 +2,10 @@
 
 import hashlib
 import logging
+import math
+import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,19 +15,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rq_gguf.calibration.data import Calibration
-from rq_gguf.calibration.file import read_any, write_calibration
+from rq_gguf.calibration.file import KEY_TYPES, read_any, write_calibration
+from rq_gguf.calibration.imatrix_file import is_dat
+from rq_gguf.defaults import TOKENS
 from rq_gguf.errors import UserError
-from rq_gguf.format import MAX_TIERS
+from rq_gguf.evaluation.quality import compare, save_logits
+from rq_gguf.evaluation.text import CHARACTERS_PER_CHUNK, hold_out
+from rq_gguf.format import GROUPS, MAX_TIERS
 from rq_gguf.ggml import Ggml
+from rq_gguf.gguf_file import read_header, read_headers
 from rq_gguf.job import Job, file_hash, input_key, key
-from rq_gguf.planning.budget import Budget, parse_budget
+from rq_gguf.planning.budget import Budget, ExpertShape, parse_budget
 from rq_gguf.planning.file import read_plan, write_plan
 from rq_gguf.planning.plan import Plan
-from rq_gguf.planning.policy import POLICIES, make_plan, parse_replicas
-from rq_gguf.planning.types import bits_per_weight, parse_types
+from rq_gguf.planning.policy import AUTO, POLICIES, make_plan, parse_balance_weight, parse_max_tiers, parse_replicas, parse_target_kld
 from rq_gguf.runtime.tools import library_path, tool_path
+from rq_gguf.target import OTHER_KLD, Attempt, approach
+from rq_gguf.types import LADDER, PAPER_TYPES, bits_per_weight, fallback_note, parse_types, rank
 from rq_gguf.writing.convert import convert_base
-from rq_gguf.writing.others import fixed_bytes, stored_types
+from rq_gguf.writing.others import Others, fixed_bytes, stored_types
 from rq_gguf.writing.source import Source
 from rq_gguf.writing.write import WriteReport, check_calibration, write_model
 
@@ -32,10 +41,8 @@ log = logging.getLogger(__name__)
 
 DATA = Path(__file__).parent / "data"
 DEMO = "demo"
-DEFAULT_BUDGET = "q8_0"
-DEFAULT_TYPES = "q4_k,q8_0"
-DEFAULT_TOKENS = 65536
 _GB = 1e9
+_MOST_CHUNKS = 120  # of 512 tokens, that a target is measured on
 
 
 @dataclass(frozen=True)
@@ -44,15 +51,82 @@ class Choices:
 
     budget: Budget
     types: tuple[str, ...]
+    """Empty where the user named none: `types_for` fills them in."""
     replicas: str | int
     policy: str
+    max_tiers: int
+    balance_weight: float
+    target_kld: float | None
+    """Nats; the budget does not count then."""
 
 
-def check_choices(budget: str, types: str, replicas: str, policy: str) -> Choices:
-    """Raises UserError for a choice that cannot be understood."""
+def check_choices(
+    budget: str,
+    types: str | None,
+    replicas: str,
+    policy: str,
+    max_tiers: str | None = None,
+    balance_weight: str | None = None,
+    target_kld: str | None = None,
+) -> Choices:
+    """types, max_tiers, balance_weight, target_kld: None where the user named none. Raises UserError for a choice that cannot be
+    understood."""
     if policy not in POLICIES:
         raise UserError(f"--policy {policy} is unknown; choose {' or '.join(POLICIES)}")
-    return Choices(parse_budget(budget), parse_types(types), parse_replicas(replicas, policy), policy)
+    if target_kld is not None and policy == "paper":
+        raise UserError("--policy paper looks at no error; --target-kld needs --policy budget")
+    copies = parse_replicas(replicas, policy)
+    return Choices(
+        parse_budget(measure_like(budget)),
+        parse_types(types) if types else (),
+        copies,
+        policy,
+        parse_max_tiers(max_tiers, policy),
+        parse_balance_weight(balance_weight, policy, copies),
+        None if target_kld is None else parse_target_kld(target_kld),
+    )
+
+
+def measure_like(budget: str) -> str:
+    """A `--budget like:FILE` with the file's bytes, as budget.parse_budget takes it; other budgets as they are.
+
+    Raises UserError where the file is no GGUF.
+    """
+    kind, separator, name = budget.strip().partition(":")
+    if kind.lower() != "like" or not separator:
+        return budget
+    path = Path(name).expanduser()
+    try:
+        return f"like:{path.name} ({sum(header.size for header in read_headers(path))} bytes)"
+    except UserError as e:
+        raise UserError(f"--budget {budget}: {e}; give a GGUF whose size is to be met") from e
+
+
+def types_for(choices: Choices, measured: tuple[str, ...], source: Source | None) -> tuple[str, ...]:
+    """The types that experts may take: the user's, or else what fits the policy, the calibration and the base model.
+
+    measured: those of a finished calibration file, empty where there is none.
+    """
+    if choices.types:
+        return choices.types
+    if choices.policy == "paper":
+        return PAPER_TYPES
+    if measured:
+        return measured
+    if source is not None and {t.type for matrices in source.experts.values() for t in matrices.values()} == {"mxfp4"}:
+        # Nothing is more precise than the type that the weights come in.
+        return (*(t for t in LADDER if rank(t) < rank("mxfp4")), "mxfp4")
+    return LADDER
+
+
+@dataclass(frozen=True)
+class Remarks:
+    """What a user should know of a plan besides its figures. Make one with `remarks_on`."""
+
+    notes: tuple[str, ...]
+    """A line each."""
+    load_known: bool
+    """False where the figures of balance mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +143,7 @@ class BuildReport:
     """Of the whole file; None in a dry run that did not need the base model."""
     seconds: dict[str, float]
     """Step -> time, for the steps that were done in this run; `total` is the whole run."""
+    remarks: Remarks
 
 
 def build(
@@ -77,36 +152,54 @@ def build(
     choices: Choices,
     *,
     calibration: Path | None = None,
+    imatrix: Path | None = None,
     plan: Path | None = None,
+    others: Others | None = None,
+    verify: Path | None = None,
     dry_run: bool = False,
     force: bool = False,
     say: Callable[[str], None],
 ) -> BuildReport:
     """Model in, tiered GGUF out: convert, calibrate, plan, write, skipping what an earlier run with the same inputs has done.
 
-    model: `demo`, a Hugging Face directory or hub id, or an F16, BF16, F32 or Q8_0 GGUF with `calibration`.
-    calibration: a text, or a file of `calibrate` or llama-imatrix. plan: a plan.json to use instead of planning.
+    model: `demo`, a Hugging Face directory or hub id, or an F16, BF16, F32, Q8_0 or MXFP4 GGUF with `calibration` or `imatrix`.
+    calibration: a text, or a file of `calibrate` or llama-imatrix. imatrix: the same, but no text.
+    plan: a plan.json to use instead of planning. others: types of what is no routed expert. verify: the text that a target is measured
+    on; without it a fifth of the calibration text is held out for that.
     say: gets a line per step. Raises UserError; nothing half-made lies under a final name then.
     """
     start = time.perf_counter()
-    given = _given(calibration)
-    for path, what in ((calibration, "--calibration"), (plan, "--plan")):
+    others = others or Others()
+    for path, what in ((calibration, "--calibration"), (imatrix, "--imatrix"), (plan, "--plan"), (verify, "--verify")):
         if path is not None and not path.is_file():
             raise UserError(f"{what} {path} does not exist")
+    if imatrix is not None and calibration is not None:
+        raise UserError("--calibration and --imatrix exclude each other: give the text or the finished statistics")
+    if imatrix is not None and not _is_finished(imatrix):
+        raise UserError(f"--imatrix {imatrix} is no imatrix; a text to calibrate on goes with --calibration")
+    finished = imatrix or (calibration if calibration is not None and _is_finished(calibration) else None)
     source_file = _gguf(model)
-    if source_file is not None and given != "gguf":
-        what = "a calibration file" if given is None else "a calibration file instead of a text"
-        raise UserError(f"{model} is a GGUF, which this tool cannot pass text through: give {what} (--calibration, an imatrix will do)")
+    if source_file is not None and finished is None:
+        what = "a calibration file" if calibration is None else "a calibration file instead of a text"
+        raise UserError(f"{model} is a GGUF, which this tool cannot pass text through: give {what} (--calibration, or --imatrix)")
+    aimed = choices.target_kld is not None and plan is None and not dry_run
+    if aimed and verify is None and finished is not None:
+        raise UserError("--target-kld is measured on text, and finished statistics hold none; name one with --verify")
+    text, held_out = None if finished is not None else read_text(calibration), None
+    if aimed:
+        text, held_out = (text, read_text(verify)) if verify is not None else hold_out(text or "")
     library, _ = library_path("ggml-base"), tool_path("llama-quantize")
     job = Job(out, force=force, say=say)
     with job.locked():
         ggml = Ggml(library)
         directory = None if source_file is not None else model_directory(model)
         _check_space(job, directory or source_file, choices, convert=directory is not None)
-        if directory is not None and given != "gguf" and not (job.directory / "calibration.gguf").exists():
+        if directory is not None and finished is None and not (job.directory / "calibration.gguf").exists():
             _check_family(directory)  # importing torch takes seconds: not for what was calibrated before
 
-        needs_base = not dry_run or given == "gguf" or choices.budget.kind == "size" or plan is not None
+        needs_base = (
+            not dry_run or finished is not None or (choices.budget.kind == "size" and choices.target_kld is None) or plan is not None
+        )
         base, base_key = source_file, key(input_key(source_file)) if source_file is not None else ""
         if directory is not None:
             base_key = key(input_key(directory))
@@ -114,38 +207,52 @@ def build(
                 base = job.directory / "base.gguf"
                 job.step("convert", base, base_key, lambda: convert_base(directory, job.directory / "base.gguf"))
 
-        path = _calibrate(job, _model_name(model), directory, base, base_key, calibration, choices.types, ggml)
-        measured = read_any(path)
-        other_bytes = 0
-        if base is not None:
-            with Source(base) as source:
-                _check_same_model(source, measured, path)
-                measured = replace(measured, merged_gate_up=source.shape.merged_gate_up)
-                other_bytes = fixed_bytes(source, stored_types(source), tiers=MAX_TIERS if plan is not None else len(choices.types))
+        known = _read_finished(finished, base) if finished is not None else None
+        choices, other_bytes = _prepare(choices, known, base, others, plan)
+        if finished is not None and known is not None and known.types:
+            path, measured = finished, known
+        else:
+            path = job.directory / "calibration.gguf"
+            if finished is not None and known is not None:
+                assert base is not None  # needs_base
+                _measure_once(job, path, _model_name(model), base, [base_key, file_hash(finished)], known, choices.types, ggml)
+            else:
+                assert directory is not None and text is not None
+                _calibrate_once(job, path, _model_name(model), directory, base_key, text, choices.types, ggml)
+            measured = _read_finished(path, base)
+        if not measured.load_known and plan is None:
+            choices = _without_copies(choices, finished or path)
+        if aimed:
+            assert base is not None and held_out is not None  # needs_base
+            planned, written = build_to_target(job, base, base_key, choices, measured, path, others, held_out, other_bytes, ggml)
+            seconds = job.seconds | {"total": time.perf_counter() - start}
+            remarks = remarks_on(measured, choices.types)
+            return BuildReport(planned, out, job.directory, written, out.stat().st_size, seconds, remarks)
         planned, plan_key = _plan(job, choices, measured, path, plan, other_bytes)
 
         file_bytes = planned.expert_bytes + other_bytes if base is not None else None
-        written: list[WriteReport] = []
+        reports: list[WriteReport] = []
         if not dry_run:
             assert base is not None
-            write_key = key([base_key, plan_key, file_hash(path)])
+            write_key = key([base_key, plan_key, file_hash(path), others.file_type, others.texts])
             if not job.is_done("write", out, write_key):
                 _need_space(out.parent, planned.expert_bytes + other_bytes, f"writing {out.name}")
-            name = calibration.name if calibration is not None and given == "gguf" else path.name
+            name = (finished or path).name
             job.step(
                 "write",
                 out,
                 write_key,
-                lambda: written.append(write_model(base, planned, measured, out, ggml=ggml, calibration_file=name)),
+                lambda: reports.append(write_model(base, planned, measured, out, ggml=ggml, others=others, calibration_file=name)),
             )
             file_bytes = out.stat().st_size
     seconds = job.seconds | {"total": time.perf_counter() - start}
-    return BuildReport(planned, out, job.directory, written[0] if written else None, file_bytes, seconds)
+    remarks = remarks_on(measured, choices.types)
+    return BuildReport(planned, out, job.directory, reports[0] if reports else None, file_bytes, seconds, remarks)
 
 
-def calibrate_model(model: str, out: Path, *, text: Path | None, tokens: int, device: str, types: str) -> Calibration:
+def calibrate_model(model: str, out: Path, *, text: Path | None, tokens: int, device: str, types: str | None) -> Calibration:
     """`rq-gguf calibrate`: measure a Hugging Face model on a text and write the calibration file. Raises UserError."""
-    names = parse_types(types)
+    names = parse_types(types) if types else LADDER
     content = read_text(text)
     if _gguf(model) is not None:
         raise UserError(
@@ -162,21 +269,39 @@ def calibrate_model(model: str, out: Path, *, text: Path | None, tokens: int, de
     return result
 
 
-def plan_calibration(calibration: Path, out: Path, choices: Choices) -> Plan:
-    """`rq-gguf plan`: plan for a calibration file and write plan.json. Raises UserError."""
-    if choices.budget.kind == "size":
+def plan_calibration(
+    calibration: Path, out: Path, choices: Choices, *, base: Path | None = None, others: Others | None = None
+) -> tuple[Plan, Remarks]:
+    """`rq-gguf plan`: plan for a calibration file and write plan.json.
+
+    base: the model's GGUF, needed where the budget bounds the whole file. others: types of what is no routed expert in it.
+    Raises UserError.
+    """
+    if choices.budget.kind == "size" and choices.target_kld is None and base is None:
         raise UserError(
-            f"--budget {choices.budget.text} bounds a whole file, and a calibration knows only its experts; give a type such as q8_0 "
-            "or bits such as 5.0bpw, or use `rq-gguf build --dry-run`"
+            f"--budget {choices.budget.text} bounds a whole file, and a calibration knows only its experts; give the model too "
+            "(--base MODEL.gguf), or a type such as q8_0 or bits such as 5.0bpw"
         )
-    measured = read_any(calibration)
-    if not measured.types:
-        log.warning("%s measured no errors (it is a plain imatrix): typical ones stand in for them; `rq-gguf build` measures", calibration)
-    planned = _make(choices, measured, file_hash(calibration), 0)
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out} cannot be written: its directory does not exist")
-    write_plan(out, planned)
-    return planned
+    measured = _read_finished(calibration, base)
+    choices, other_bytes = _prepare(choices, measured, base, others or Others(), None)
+    if not measured.types:
+        log.warning("%s measured no errors (it is a plain imatrix): typical ones stand in for them; `rq-gguf build` measures", calibration)
+    if not measured.load_known:
+        choices = _without_copies(choices, calibration)
+    planned = _make(choices, measured, file_hash(calibration), other_bytes)
+    write_plan(out, planned, measured)
+    return planned, remarks_on(measured, choices.types)
+
+
+def remarks_on(measured: Calibration, types: tuple[str, ...]) -> Remarks:
+    """Types that rows cannot hold, balance that could not be planned. types: those that experts may take."""
+    groups = (("gate and up", measured.n_embd), ("down", measured.n_ff))
+    notes = [fallback_note(types, columns, where) for where, columns in groups]
+    if not measured.load_known:
+        notes.append("the calibration does not say how often each expert is picked: balance is unknown, and nothing was copied for it")
+    return Remarks(tuple(note for note in notes if note is not None), measured.load_known)
 
 
 def read_text(path: Path | None) -> str:
@@ -210,14 +335,10 @@ def _model_name(model: str) -> str:
     return path.resolve().name if path.is_dir() else path.stem
 
 
-def _given(calibration: Path | None) -> str | None:
-    """`gguf`, `text`, or None without --calibration."""
-    if calibration is None or not calibration.is_file():
-        return None
-    with calibration.open("rb") as f:
-        head = f.read(8)
-    # The old imatrix format begins with small integers: the reader says what to do about it.
-    return "gguf" if head[:4] == b"GGUF" or calibration.suffix in (".gguf", ".dat", ".imatrix") else "text"
+def _is_finished(path: Path) -> bool:
+    """True for statistics of any kind, False for a text."""
+    with path.open("rb") as f:
+        return f.read(4) == b"GGUF" or path.suffix in (".gguf", ".dat", ".imatrix") or is_dat(path)
 
 
 def _gguf(model: str) -> Path | None:
@@ -246,6 +367,56 @@ def _check_same_model(source: Source, calibration: Calibration, path: Path) -> N
     check_calibration(source, calibration, shapes)
 
 
+def _read_finished(path: Path, base: Path | None) -> Calibration:
+    """A calibration or imatrix, checked against the base model where that is known, and what it lacks taken from there."""
+    if base is None:
+        return read_any(path)
+    with Source(base) as source:
+        found = read_any(path, source.shape.layers[0].n_expert)
+        _check_same_model(source, found, path)
+        n_used = found.n_expert_used or source.header.integer(f"{source.shape.arch}.expert_used_count", 0)
+        return replace(found, merged_gate_up=source.shape.merged_gate_up, n_expert_used=n_used)
+
+
+def _prepare(choices: Choices, known: Calibration | None, base: Path | None, others: Others, plan: Path | None) -> tuple[Choices, int]:
+    """(the choices with their types, bytes of the file without its experts or 0 where the base is unknown), before anything long.
+
+    known: the user's own calibration or imatrix. Raises UserError for types of other tensors that cannot be, and for a budget that
+    cannot be met.
+    """
+    measured = known.types if known is not None else ()
+    if base is None:
+        return replace(choices, types=types_for(choices, measured, None)), 0
+    with Source(base) as source:
+        choices = replace(choices, types=types_for(choices, measured, source))
+        tiers = MAX_TIERS if plan is not None else min(MAX_TIERS, len(choices.types))
+        other_bytes = fixed_bytes(source, stored_types(source, others), tiers, others)
+        if plan is None:
+            first, n_layers = source.shape.layers[0], len(source.shape.layers)
+            shape = ExpertShape(first.n_expert, first.n_embd, first.n_ff, source.shape.merged_gate_up)
+            _check_budget(choices, shape, n_layers, other_bytes)
+    return choices, other_bytes
+
+
+def _check_budget(choices: Choices, shape: ExpertShape, n_layers: int, other_bytes: int) -> None:
+    """Refuse a budget that not even the smallest types without copies can meet."""
+    if choices.target_kld is not None:
+        return
+    size = n_layers * sum(min(shape.stacked_bytes(g, t, shape.n_expert) for t in choices.types) for g in range(len(GROUPS)))
+    if size > choices.budget.expert_bytes(shape, n_layers, other_bytes):
+        raise choices.budget.too_small(size, shape, n_layers, other_bytes, f"all experts in {choices.types[0]}")
+
+
+def _without_copies(choices: Choices, path: Path) -> Choices:
+    """The choices for a calibration that does not know the load. Raises UserError for those that need it."""
+    why = f"{path} does not say how often each expert is picked (the .dat form of an imatrix has no counts)"
+    if choices.policy == "paper" or choices.replicas not in (AUTO, 0):
+        what = "--policy paper" if choices.policy == "paper" else f"--replicas {choices.replicas}"
+        raise UserError(f"{what} cannot choose what to copy: {why}; make the imatrix again with a recent llama-imatrix")
+    log.warning("%s: balance cannot be planned, so nothing is copied", why)
+    return replace(choices, replicas=0)
+
+
 def _weights(source: Source, ggml: Ggml) -> Callable[[int, str, int], NDArray[np.float32]]:
     """(block, gate/up/down, expert) -> [rows, columns]; a merged tensor holds gate's rows before up's."""
 
@@ -258,50 +429,47 @@ def _weights(source: Source, ggml: Ggml) -> Callable[[int, str, int], NDArray[np
     return weights
 
 
-def _calibrate(
-    job: Job,
-    name: str,
-    directory: Path | None,
-    base: Path | None,
-    base_key: str,
-    given: Path | None,
-    types: tuple[str, ...],
-    ggml: Ggml,
-) -> Path:
-    """The calibration file to use: the user's, one completed from the user's imatrix, or one made from a text."""
-    path = job.directory / "calibration.gguf"
-    if given is not None and _given(given) == "gguf":
-        measured = read_any(given)
-        if measured.types:
-            return given
-        assert base is not None  # a given file is checked against the base, so the base is there
-        job.step(
-            "calibrate", path, key([base_key, file_hash(given), types]), lambda: _measure(base, measured, given, name, types, ggml, path)
-        )
-        return path
-    assert directory is not None
-    text = read_text(given)
+def _calibrate_once(job: Job, path: Path, name: str, directory: Path, base_key: str, text: str, types: tuple[str, ...], ggml: Ggml) -> None:
+    """Calibrate a Hugging Face model on a text, unless an earlier run did."""
 
-    def make() -> None:
+    def make(types: tuple[str, ...]) -> None:
         from rq_gguf.calibration.run import calibrate
 
-        write_calibration(path, replace(calibrate(directory, text, tokens=DEFAULT_TOKENS, types=types, ggml=ggml), model=name))
+        write_calibration(path, replace(calibrate(directory, text, tokens=TOKENS, types=types, ggml=ggml), model=name))
 
-    job.step("calibrate", path, key([base_key, hashlib.sha256(text.encode()).hexdigest(), DEFAULT_TOKENS, types]), make)
-    return path
+    _step_for_types(job, path, [base_key, hashlib.sha256(text.encode()).hexdigest(), TOKENS], types, make)
 
 
-def _measure(base: Path, imatrix: Calibration, given: Path, name: str, types: tuple[str, ...], ggml: Ggml, path: Path) -> None:
-    """Complete a plain imatrix with the errors that follow from it and the base's weights."""
-    from tqdm import tqdm
-
+def _measure_once(
+    job: Job, path: Path, name: str, base: Path, inputs: list[object], imatrix: Calibration, types: tuple[str, ...], ggml: Ggml
+) -> None:
+    """Complete a plain imatrix with the errors that follow from it and the base's weights, unless an earlier run did."""
     from rq_gguf.calibration.moments import measure_from_imatrix
 
-    with Source(base) as source:
-        _check_same_model(source, imatrix, given)
-        with tqdm(total=sum(layer.n_expert for layer in imatrix.layers), desc="measuring", unit="expert") as bar:
+    def make(types: tuple[str, ...]) -> None:
+        from tqdm import tqdm
+
+        with Source(base) as source, tqdm(total=sum(layer.n_expert for layer in imatrix.layers), desc="measuring", unit="expert") as bar:
             measured = measure_from_imatrix(replace(imatrix, model=name), _weights(source, ggml), types, ggml, tick=bar.update)
-    write_calibration(path, measured)
+        write_calibration(path, measured)
+
+    _step_for_types(job, path, inputs, types, make)
+
+
+def _step_for_types(job: Job, path: Path, inputs: list[object], types: tuple[str, ...], make: Callable[[tuple[str, ...]], None]) -> None:
+    """The calibration step, unless an earlier one measured these types, and perhaps more, on the same inputs."""
+    known = _measured_types(path)
+    if set(types) <= set(known) and job.is_done("calibrate", path, key([*inputs, known])):
+        types = known
+    job.step("calibrate", path, key([*inputs, types]), lambda: make(types))
+
+
+def _measured_types(path: Path) -> tuple[str, ...]:
+    """Types that a calibration file measured; none where it is missing or damaged."""
+    try:
+        return tuple(str(read_header(path).get(KEY_TYPES, "")).split(","))
+    except UserError:
+        return ()
 
 
 def _plan(job: Job, choices: Choices, measured: Calibration, path: Path, given: Path | None, other_bytes: int) -> tuple[Plan, str]:
@@ -312,19 +480,75 @@ def _plan(job: Job, choices: Choices, measured: Calibration, path: Path, given: 
             log.warning("%s was made from another calibration than %s", given, path)
         return planned, file_hash(given)
     plan_path = job.directory / "plan.json"
-    settings = [choices.budget.text, choices.types, choices.replicas, choices.policy]
+    settings: list[object] = [choices.budget.text, choices.types, choices.replicas, choices.policy, choices.max_tiers]
+    settings += [choices.balance_weight, choices.target_kld]
     other = other_bytes if choices.budget.kind == "size" else 0
     job.step(
         "plan",
         plan_path,
         key([file_hash(path), settings, other, measured.merged_gate_up]),
-        lambda: write_plan(plan_path, _make(choices, measured, file_hash(path), other_bytes)),
+        lambda: write_plan(plan_path, _make(choices, measured, file_hash(path), other_bytes), measured),
         editable=True,
     )
     return read_plan(plan_path, measured, other_bytes), file_hash(plan_path)
 
 
-def _make(choices: Choices, measured: Calibration, sha256: str, other_bytes: int) -> Plan:
+def build_to_target(
+    job: Job,
+    base: Path,
+    base_key: str,
+    choices: Choices,
+    measured: Calibration,
+    path: Path,
+    others: Others,
+    held_out: str,
+    other_bytes: int,
+    ggml: Ggml,
+) -> tuple[Plan, WriteReport | None]:
+    """The smallest file that keeps `--target-kld` on the held-out text (see target.approach), and its plan in plan.json."""
+    out, plan_path, candidate = job.out, job.directory / "plan.json", job.directory / "candidate.gguf"
+    assert choices.target_kld is not None
+    target, chunks = choices.target_kld, min(_MOST_CHUNKS, max(1, len(held_out) // CHARACTERS_PER_CHUNK))
+    settings = [target, choices.types, choices.replicas, choices.max_tiers, choices.balance_weight, others.file_type, others.texts]
+    sha256, best = file_hash(path), job.directory / "best.gguf"
+    write_key = key([base_key, sha256, hashlib.sha256(held_out.encode()).hexdigest(), settings])
+    reports: list[WriteReport] = []
+
+    def make() -> None:
+        with tempfile.TemporaryDirectory(dir=job.directory, prefix="verify-") as name:
+            text, logits = Path(name) / "held-out.txt", Path(name) / "base-logits.bin"
+            text.write_text(held_out, encoding="utf-8")
+            save_logits(base, text, logits, chunks=chunks)
+            least = math.inf
+
+            def attempt(other_kld: float) -> Attempt[Plan]:
+                nonlocal least
+                planned = _make(choices, measured, sha256, other_bytes, other_kld)
+                _need_space(out.parent, planned.expert_bytes + other_bytes, f"writing {out.name}")
+                report = write_model(base, planned, measured, candidate, ggml=ggml, others=others, calibration_file=path.name)
+                kld = compare(candidate, text, logits, chunks=chunks).kld.value
+                if kld <= target and report.total_bytes < least:
+                    least = report.total_bytes
+                    os.replace(candidate, best)
+                    reports[:] = [replace(report, path=out)]
+                return Attempt(planned, report.total_bytes, planned.summary["predicted_kld"], kld)
+
+            found = approach(target, attempt, job.say)
+        write_plan(plan_path, found.made, measured)
+        os.replace(best, out)
+
+    try:
+        job.step("write", out, write_key, make)
+    finally:
+        candidate.unlink(missing_ok=True)
+        best.unlink(missing_ok=True)
+    return read_plan(plan_path, measured, other_bytes), reports[0] if reports else None
+
+
+def _make(choices: Choices, measured: Calibration, sha256: str, other_bytes: int, other_kld: float | None = None) -> Plan:
+    aim: dict[str, float] = {}
+    if choices.target_kld is not None:
+        aim = {"target_kld": choices.target_kld, "other_kld": min(OTHER_KLD, choices.target_kld / 2) if other_kld is None else other_kld}
     return make_plan(
         measured,
         budget=choices.budget.text,
@@ -333,6 +557,9 @@ def _make(choices: Choices, measured: Calibration, sha256: str, other_bytes: int
         policy=choices.policy,
         other_bytes=other_bytes,
         calibration_sha256=sha256,
+        max_tiers=choices.max_tiers,
+        balance_weight=choices.balance_weight,
+        **aim,
     )
 
 

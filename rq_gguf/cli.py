@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import click
 
-from rq_gguf import __version__
+from rq_gguf import __version__, defaults
 from rq_gguf.errors import UserError
+from rq_gguf.types import LADDER, PAPER_TYPES
 
 DEBUG = "RQ_GGUF_DEBUG"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -83,14 +84,35 @@ _JSON = click.option(
 )
 
 
+_TARGET = click.option("--target-kld", metavar="NATS", help="Instead of a budget: the smallest file whose mean KL divergence from the "
+                       "model, predicted and then measured, is at most this.")  # fmt: skip
+
+
 def _plan_options(command: _Function) -> _Function:
     for option in (
         click.option("--policy", type=click.Choice(["budget", "paper"]), default="budget", show_default=True,
                      help="How copies and types are chosen; paper: Replicate-and-Quantize as published."),
+        click.option("--balance-weight", metavar="W", help="With --replicas auto: the per cents of KL divergence that a per cent less load "
+                     f"imbalance is worth; 0 for no copies.  [default: {defaults.BALANCE_WEIGHT:g}]"),
         click.option("--replicas", default="auto", show_default=True, metavar="N|auto|0", help="Copies per layer."),
-        click.option("--types", default="q4_k,q8_0", show_default=True, metavar="LIST", help="ggml types that experts may take."),
-        click.option("--budget", default="q8_0", show_default=True, metavar="TYPE|SIZE|BPW",
-                     help="What all experts take in a type (q8_0), the whole file's size (16GiB), or bits per expert weight (5.0bpw)."),
+        click.option("--max-tiers", metavar="N", help="Most types in a layer's gate and up, and in its down, 1 to 7.  "
+                     f"[default: {defaults.MAX_TIERS}]"),
+        click.option("--types", metavar="LIST", help="ggml types that experts may take; if not given, those that a finished calibration "
+                     f"measured, or else {','.join(LADDER)} ({','.join(PAPER_TYPES)} with --policy paper)."),
+        click.option("--budget", default=defaults.BUDGET, show_default=True, metavar="TYPE|SIZE|BPW|like:FILE",
+                     help="What all experts take in a type (q8_0), the whole file's size (16GiB, or like:FILE.gguf for that file's), or "
+                     "bits per expert weight (5.0bpw)."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _other_options(command: _Function) -> _Function:
+    for option in (
+        click.option("--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE",
+                     help="A type of its own for tensors that are no routed experts, as in llama-quantize; may be repeated."),
+        click.option("--other", default=defaults.OTHER, show_default=True, metavar="TYPE",
+                     help="Type of all that is no routed expert, as llama-quantize lays it out (Q8_0, Q4_K_M, BF16, ...)."),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -106,7 +128,7 @@ def _emit(lines: list[str], json_file: Path | None, data: dict[str, Any]) -> Non
     if to_stdout:
         click.echo(text, nl=False)
         return
-    from rq_gguf.writing.atomic import replacing
+    from rq_gguf.atomic import replacing
 
     with replacing(json_file) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -120,8 +142,17 @@ def _say(line: str) -> None:
 @click.argument("model")
 @click.argument("out", type=_path())
 @_plan_options
+@_other_options
 @click.option("--calibration", type=_path(), metavar="TEXT_OR_FILE", help="Text to calibrate on, a calibration file, or an imatrix.")
+@click.option("--imatrix", type=_path(), metavar="FILE", help="An imatrix (GGUF, or the older .dat) instead: no torch is needed then.")
 @click.option("--plan", type=_path(), metavar="FILE", help="Use this plan.json (edited, perhaps) instead of planning.")
+@_TARGET
+@click.option(
+    "--verify",
+    type=_path(),
+    metavar="TEXT",
+    help="With --target-kld: the text to measure on; if not given, a fifth of the calibration text is held out for it.",
+)
 @click.option("--dry-run", is_flag=True, help="Stop after the plan and print what to expect.")
 @_JSON
 @click.option("--force", is_flag=True, help="Redo every step, and replace OUT whatever it is.")
@@ -131,28 +162,49 @@ def build(
     model: str,
     out: Path,
     budget: str,
-    types: str,
+    types: str | None,
+    max_tiers: str | None,
     replicas: str,
+    balance_weight: str | None,
     policy: str,
+    other: str,
+    tensor_types: tuple[str, ...],
     calibration: Path | None,
+    imatrix: Path | None,
     plan: Path | None,
+    target_kld: str | None,
+    verify: Path | None,
     dry_run: bool,
     json_file: Path | None,
     force: bool,
 ) -> None:
     """Build OUT from MODEL: calibrate, plan, write.
 
-    MODEL is `demo`, a Hugging Face directory or hub id, or an F16, BF16, F32 or Q8_0 GGUF together with --calibration. Steps that an
-    earlier run finished with the same inputs are skipped; their files are in OUT.rq beside OUT.
+    MODEL is `demo`, a Hugging Face directory or hub id, or an F16, BF16, F32, Q8_0 or MXFP4 GGUF together with --calibration or
+    --imatrix. Steps that an earlier run finished with the same inputs are skipped; their files are in OUT.rq beside OUT.
     """
     if plan is not None:
         _refuse_beside_plan(ctx)
+    _check_target(ctx)
     from rq_gguf import build as steps
     from rq_gguf import verdict
     from rq_gguf.runtime.tools import tool_path
+    from rq_gguf.writing.others import parse_others
 
-    choices = steps.check_choices(budget, types, replicas, policy)
-    report = steps.build(model, out, choices, calibration=calibration, plan=plan, dry_run=dry_run, force=force, say=_say)
+    choices = steps.check_choices(budget, types, replicas, policy, max_tiers, balance_weight, target_kld)
+    report = steps.build(
+        model,
+        out,
+        choices,
+        calibration=calibration,
+        imatrix=imatrix,
+        plan=plan,
+        others=parse_others(other, tensor_types),
+        verify=verify,
+        dry_run=dry_run,
+        force=force,
+        say=_say,
+    )
     lines, command = verdict.build_lines(report, dry_run), None
     if not dry_run:
         command = verdict.run_command(tool_path("llama-cli"), out)
@@ -160,20 +212,29 @@ def build(
     _emit(lines, json_file, verdict.build_json(report, command))
 
 
+def _check_target(ctx: click.Context) -> None:
+    """A target takes the place of the budget, and needs no other."""
+    given = {name: ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT for name in ("budget", "target_kld")}
+    if all(given.values()):
+        raise Failure("--target-kld and --budget exclude each other: one bounds the error, the other the bytes")
+    if ctx.params.get("verify") is not None and not given["target_kld"]:
+        raise Failure("--verify names the text to measure a target on; give --target-kld too")
+
+
 def _refuse_beside_plan(ctx: click.Context) -> None:
     """A plan brings its own choices: others beside it would be ignored silently."""
-    for name in ("budget", "types", "replicas", "policy"):
+    for name in ("budget", "target_kld", "types", "max_tiers", "replicas", "balance_weight", "policy"):
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            raise Failure(f"--{name} and --plan exclude each other: the plan says it already; edit the plan instead")
+            raise Failure(f"--{name.replace('_', '-')} and --plan exclude each other: the plan says it already; edit the plan instead")
 
 
 @main.command()
 @click.argument("model")
 @click.option("-o", "--output", "out", type=_path(dir_okay=False), required=True, metavar="FILE", help="The calibration file to write.")
 @click.option("--text", type=_INPUT, metavar="FILE", help="Text to calibrate on; the project's own by default.")
-@click.option("--tokens", type=click.IntRange(min=1), default=65536, show_default=True, metavar="N", help="Tokens of it to use.")
+@click.option("--tokens", type=click.IntRange(min=1), default=defaults.TOKENS, show_default=True, metavar="N", help="Tokens of it to use.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
-@click.option("--types", default="q4_k,q8_0", show_default=True, metavar="LIST", help="ggml types to measure.")
+@click.option("--types", default=",".join(LADDER), show_default=True, metavar="LIST", help="ggml types to measure.")
 def calibrate(model: str, out: Path, text: Path | None, tokens: int, device: str, types: str) -> None:
     """Measure MODEL's experts: how busy they are, and what each type does to them.
 
@@ -189,15 +250,36 @@ def calibrate(model: str, out: Path, text: Path | None, tokens: int, device: str
 @click.argument("calibration", type=_INPUT)
 @click.option("-o", "--output", "out", type=_path(dir_okay=False), required=True, metavar="FILE", help="The plan.json to write.")
 @_plan_options
+@click.option("--base", type=_INPUT, metavar="GGUF", help="The model, where the budget bounds the whole file.")
+@_other_options
+@_TARGET
 @_JSON
-def plan(calibration: Path, out: Path, budget: str, types: str, replicas: str, policy: str, json_file: Path | None) -> None:
+@click.pass_context
+def plan(
+    ctx: click.Context,
+    calibration: Path,
+    out: Path,
+    budget: str,
+    types: str | None,
+    max_tiers: str | None,
+    replicas: str,
+    balance_weight: str | None,
+    policy: str,
+    base: Path | None,
+    other: str,
+    tensor_types: tuple[str, ...],
+    target_kld: str | None,
+    json_file: Path | None,
+) -> None:
     """Plan copies and types from a CALIBRATION file; the plan can be edited and given to build."""
+    _check_target(ctx)
     from rq_gguf import build as steps
     from rq_gguf import verdict
+    from rq_gguf.writing.others import parse_others
 
-    choices = steps.check_choices(budget, types, replicas, policy)
-    planned = steps.plan_calibration(calibration, out, choices)
-    _emit([*verdict.plan_lines(planned), f"plan      {out}"], json_file, verdict.plan_json(planned))
+    choices = steps.check_choices(budget, types, replicas, policy, max_tiers, balance_weight, target_kld)
+    planned, remarks = steps.plan_calibration(calibration, out, choices, base=base, others=parse_others(other, tensor_types))
+    _emit([*verdict.plan_lines(planned, remarks), f"plan      {out}"], json_file, verdict.plan_json(planned, remarks))
 
 
 @main.command()
@@ -215,18 +297,34 @@ def inspect(file: Path, as_json: bool) -> None:
 @click.argument("out", type=_INPUT)
 @click.argument("more", type=_INPUT, nargs=-1, metavar="")
 @click.option("--base", type=_INPUT, required=True, metavar="GGUF", help="The model that OUT was made from, to compare with.")
-@click.option("--text", "texts", type=_INPUT, multiple=True, required=True, metavar="FILE...", help="Texts to evaluate on.")
+@click.option("--text", "texts", type=_INPUT, multiple=True, metavar="FILE...", help="Texts to evaluate on.")
+@click.option(
+    "--tasks", type=_INPUT, multiple=True, metavar="FILE.jsonl...", help="Questions to answer, as JSON lines with context, choices, label "
+    "(PIQA, ARC), with context and target, or with text, whose last word is asked for (LAMBADA)."
+)  # fmt: skip
 @click.option("--chunks", type=click.IntRange(min=1), default=80, show_default=True, help="Chunks of 512 tokens, of all texts mixed.")
+@click.option("--items", type=click.IntRange(min=2), metavar="N", help="Items of each task, evenly spaced; all if not given.")
 @click.option("--threads", type=click.IntRange(min=1), help="llama.cpp's default if not given.")
 @_JSON
 def evaluate(
-    out: Path, more: tuple[Path, ...], base: Path, texts: tuple[Path, ...], chunks: int, threads: int | None, json_file: Path | None
+    out: Path,
+    more: tuple[Path, ...],
+    base: Path,
+    texts: tuple[Path, ...],
+    tasks: tuple[Path, ...],
+    chunks: int,
+    items: int | None,
+    threads: int | None,
+    json_file: Path | None,
 ) -> None:
-    """Compare OUT with its base: perplexity, KL divergence, and the balance of the experts' load."""
+    """Compare OUT with its base: perplexity, KL divergence, the balance of the experts' load, and accuracy on tasks."""
     from rq_gguf.evaluation import evaluate as room
 
-    # An option takes one value: what follows in `--text a.txt b.txt` arrives as further arguments behind OUT.
-    found = room.evaluate(out, base, [*texts, *more], chunks=chunks, threads=threads)
+    # An option takes one value: what follows in `--text a.txt b.txt` arrives as further arguments behind OUT. With both options the
+    # name tells which they belong to.
+    more_tasks = tuple(path for path in more if tasks and (not texts or path.suffix == ".jsonl"))
+    texts += tuple(path for path in more if path not in more_tasks)
+    found = room.evaluate(out, base, texts, tasks + more_tasks, chunks=chunks, items=items, threads=threads)
     _emit(room.describe(found).splitlines(), json_file, room.to_json(found))
 
 

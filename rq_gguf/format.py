@@ -24,6 +24,8 @@ KEY_BUDGET = "rq.budget"  # string, as the user gave it
 KEY_BUDGET_BYTES = "rq.budget_bytes"  # uint64
 KEY_EXPERT_BYTES = "rq.expert_bytes"  # uint64, what the routed experts and maps really take
 KEY_TYPES = "rq.types"  # array of strings: the types that the plan chose from
+KEY_OTHER = "rq.other"  # string: type of all other tensors, in llama-quantize's sense
+KEY_TENSOR_TYPES = "rq.tensor_types"  # array of strings: the exceptions, REGEX=TYPE
 KEY_REPLICAS = "rq.replicas"  # array of uint32, one per block: copies beyond the primaries
 KEY_CALIBRATION_HASH = "rq.calibration.sha256"  # string
 KEY_CALIBRATION_TOKENS = "rq.calibration.tokens"  # uint64

@@ -7,21 +7,11 @@ import ctypes
 import threading
 from pathlib import Path
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from rq_gguf.errors import UserError
-
-# The types that ggml_quantize_chunk of the pinned llama.cpp accepts: it aborts the process on any other.
-QUANTIZABLE = frozenset(
-    (
-        "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "tq1_0", "tq2_0", "mxfp4",
-        "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs",
-    )
-)  # fmt: skip
-
-_TYPES = {t.name.lower(): t for t in gguf.GGMLQuantizationType}
+from rq_gguf.types import QUANTIZABLE, block, number, row_bytes
 
 
 class _TypeTraits(ctypes.Structure):
@@ -36,23 +26,6 @@ class _TypeTraits(ctypes.Structure):
         ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
         ("from_float_ref", ctypes.c_void_p),
     ]
-
-
-def block_size(type_name: str) -> tuple[int, int]:
-    """(weights, bytes) of one block of a type. Raises UserError for a name that ggml does not have."""
-    kind = _TYPES.get(type_name)
-    if kind is None or type_name not in QUANTIZABLE:
-        raise UserError(f"'{type_name}' is not a ggml type that weights can be stored in; known are {', '.join(sorted(QUANTIZABLE))}")
-    weights, size = gguf.GGML_QUANT_SIZES[kind]
-    return weights, size
-
-
-def row_bytes(type_name: str, cols: int) -> int:
-    """Bytes of one row of `cols` weights. Raises UserError where the row is not a whole number of blocks."""
-    weights, size = block_size(type_name)
-    if cols % weights:
-        raise UserError(f"rows of {cols} weights cannot be stored as {type_name}, whose blocks hold {weights}")
-    return cols // weights * size
 
 
 class Ggml:
@@ -83,14 +56,15 @@ class Ggml:
         self._lock = threading.Lock()
 
     def _prepare(self, type_name: str) -> int:
-        """The type's number in ggml, its tables built. Refuses a library whose blocks differ from gguf's."""
-        weights, size = block_size(type_name)
-        kind = int(_TYPES[type_name])
+        """The type's number in ggml, its tables built. Refuses what ggml cannot quantize, and a library whose blocks are others."""
+        kind = number(type_name)
+        if type_name not in QUANTIZABLE:
+            raise UserError(f"'{type_name}' is not a ggml type that weights can be stored in; known are {', '.join(sorted(QUANTIZABLE))}")
         with self._lock:
             if type_name not in self._ready:
                 traits = self._get_traits(kind).contents
-                if (traits.blck_size, traits.type_size) != (weights, size):
-                    raise UserError(f"ggml's base library stores {type_name} unlike the gguf package; run `rq-gguf runtime install`")
+                if (traits.blck_size, traits.type_size) != block(type_name):
+                    raise UserError(f"ggml's base library stores {type_name} in other blocks; run `rq-gguf runtime install`")
                 self._init(kind)
                 self._ready.add(type_name)
         return kind

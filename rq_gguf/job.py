@@ -59,7 +59,7 @@ class Job:
         self.directory = out.with_name(out.name + ".rq")
         self.seconds: dict[str, float] = {}
         """Time per step that was done in this run."""
-        self._force, self._say = force, say
+        self._force, self.say = force, say
         self._record = self.directory / "job.json"
         if out.is_dir():
             raise UserError(f"{out} is a directory; name the file to write")
@@ -96,7 +96,7 @@ class Job:
         known = self._steps().get(name, {})
         untouched = self._is_untouched(name, path)
         if untouched and known.get("key") == step_key and not self._force:
-            self._say(f"{name}: done before, {path}")
+            self.say(f"{name}: done before, {path}")
             return False
         if editable and path.exists() and known and not untouched and not known.get("pending") and not self._force:
             raise UserError(f"{path} was edited; use it with --plan, or --force to make it anew")

@@ -4,30 +4,46 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from rq_gguf.build import BuildReport
+from rq_gguf.build import BuildReport, Remarks
 from rq_gguf.planning.plan import Plan
 
 
-def plan_lines(plan: Plan) -> list[str]:
-    """The verdict on a plan, a line per figure."""
+def plan_lines(plan: Plan, remarks: Remarks) -> list[str]:
+    """The verdict on a plan, a line per figure; then the notes on it."""
     s = plan.summary
     worst, one = s["worst_layer"], s["one_type"]
+    part = f"of {plan.budget_bytes:,} bytes, {_percent(plan.expert_bytes, plan.budget_bytes)} of the budget {plan.budget}"
+    if plan.target_kld is not None:
+        part = f"bytes for {plan.budget}"
     lines = [
-        f"experts   {plan.expert_bytes:,} of {plan.budget_bytes:,} bytes, {_percent(plan.expert_bytes, plan.budget_bytes)} of the budget "
-        f"{plan.budget}, {s['bits_per_expert_weight']:.2f} bits per weight",
-        f"balance   LIS {s['lis_before']:.2f} -> {s['lis_after']:.2f} (1 is even), {s['lis_reduction']:.2f}x less; means over layers, "
-        "on the calibration text",
-        f"worst     layer {worst['layer']}: LIS {worst['lis_before']:.2f} -> {worst['lis_after']:.2f}",
+        f"experts   {plan.expert_bytes:,} {part}, {s['bits_per_expert_weight']:.2f} bits per weight",
+    ]
+    lines += (
+        [
+            f"balance   LIS {s['lis_before']:.2f} -> {s['lis_after']:.2f} (1 is even), {s['lis_reduction']:.2f}x less; means over layers, "
+            "on the calibration text",
+            f"worst     layer {worst['layer']}: LIS {worst['lis_before']:.2f} -> {worst['lis_after']:.2f}",
+        ]
+        if remarks.load_known
+        else ["balance   unknown"]
+    )
+    lines += [
         f"copies    {s['copies']} ({s['copies'] / len(plan.layers):.1f} per layer)",
         "types     " + "; ".join(f"{group}: {_counts(counts)}" for group, counts in s["instances_by_type"].items()),
     ]
-    if s["error"] is not None:
-        text = f"error     {s['error']:.3g} of the residual energy, weighted"
+    if s["predicted_kld"] is not None:
+        text = f"KLD       {s['predicted_kld']:.3g} nats predicted for the experts"
         if one is not None:
-            ratio = f", {s['error'] / one['error']:.2f}x" if one["error"] > 0 else ""
-            text += f"{ratio} (all experts in {one['type']}: {one['error']:.3g} in {one['bytes']:,} bytes)"
+            ratio = f", {s['predicted_kld'] / one['kld']:.2f}x" if one["kld"] > 0 else ""
+            text += f"{ratio} (all of them in {one['type']}: {one['kld']:.3g} in {one['bytes']:,} bytes)"
         lines.append(text)
-    return lines
+    if s["gap"] is not None:
+        what = "KLD could be saved within these bytes" if plan.target_kld is None else "bytes could be saved with this KLD"
+        lines.append(
+            f"optimum   at most {100 * max(s['gap'], 0):.2f} % of the {what} and this balance; a MB more saves "
+            f"{1e6 * s['kld_per_byte']:.2g} nats"
+        )
+    return lines + [f"note      {note}" for note in remarks.notes]
 
 
 def build_lines(report: BuildReport, dry_run: bool) -> list[str]:
@@ -36,7 +52,7 @@ def build_lines(report: BuildReport, dry_run: bool) -> list[str]:
     if report.file_bytes is not None:
         kind = "would take at most" if dry_run else "takes"
         lines.append(f"file      {report.out} {kind} {report.file_bytes:,} bytes")
-    lines += plan_lines(report.plan)
+    lines += plan_lines(report.plan, report.remarks)
     steps = ", ".join(f"{name} {t:.1f} s" for name, t in report.seconds.items() if name != "total")
     lines.append(f"time      {report.seconds['total']:.1f} s" + (f" ({steps})" if steps else ""))
     if dry_run:
@@ -55,13 +71,13 @@ def build_json(report: BuildReport, command: str | None) -> dict[str, Any]:
         "file": str(report.out) if report.written or command else None,
         "file_bytes": report.file_bytes,
         "job": str(report.job),
-        **plan_json(report.plan),
+        **plan_json(report.plan, report.remarks),
         "seconds": report.seconds,
         "command": command,
     }
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
+def plan_json(plan: Plan, remarks: Remarks) -> dict[str, Any]:
     """A plan's figures as plain data; the plan itself is plan.json."""
     return {
         "model": plan.model,
@@ -70,8 +86,15 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "types": list(plan.types),
         "calibration_sha256": plan.calibration_sha256,
         "calibration_tokens": plan.calibration_tokens,
-        **plan.summary,
+        **(plan.summary if remarks.load_known else _without_lis(plan.summary)),
+        "notes": list(remarks.notes),
     }
+
+
+def _without_lis(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures of a plan whose load is not known: no balance among them."""
+    layers = [{key: None if key.startswith("lis_") else value for key, value in row.items()} for row in figures["layers"]]
+    return {key: None if key.startswith("lis_") or key == "worst_layer" else value for key, value in figures.items()} | {"layers": layers}
 
 
 def _percent(part: int, whole: int) -> str:

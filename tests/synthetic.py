@@ -3,7 +3,7 @@
 import numpy as np
 
 from rq_gguf.calibration.data import Calibration, LayerCalibration
-from rq_gguf.planning.types import typical_error
+from rq_gguf.types import typical_error
 
 
 def synthetic_calibration(

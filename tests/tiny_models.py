@@ -1,4 +1,4 @@
-"""Small random models of the four families that calibration knows, and a tokenizer for them."""
+"""Small random models of the families that calibration knows, and a tokenizer for them."""
 
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,23 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3MoeConfig",
         {"num_experts": N_EXPERT, "moe_intermediate_size": N_FF, "intermediate_size": 80, "norm_topk_prob": True, "head_dim": 32},
     ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        {
+            "moe_num_experts": N_EXPERT,
+            "moe_k": TOP_K,
+            "moe_intermediate_size": N_FF,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "moe_layer_start_index": 1,
+            "moe_num_shared_experts": 1,
+        },
+    ),
 }
 
 
 def tiny_model(model_type: str, **changes: Any) -> Any:
-    """A random model of a family, in float32; its routers are wide enough to choose clearly."""
+    """A random model of a family, in float32; its routers are wide enough to choose clearly, and a selection bias tips some choices."""
     name, own = _CONFIGS[model_type]
     config = getattr(transformers, name)(**(_COMMON | own | changes))
     torch.manual_seed(7)
@@ -41,6 +53,9 @@ def tiny_model(model_type: str, **changes: Any) -> Any:
         block = getattr(layer, "mlp", None) or layer.block_sparse_moe
         if hasattr(block, "gate"):
             block.gate.weight.normal_(std=0.5)
+        for name, p in block.named_parameters():
+            if name.endswith("e_score_correction_bias"):
+                p.normal_(std=0.03)
     return model
 
 

@@ -18,7 +18,8 @@ class LayerCalibration:
     output_energy: NDArray[np.float64]
     """[n_expert] sum of |gate weight x expert output|^2 (0 where unknown)."""
     residual_energy: float
-    """Sum of |residual stream|^2 behind the block over all tokens (0 where unknown)."""
+    """Sum of |residual stream|^2 behind the block over all tokens, each sequence's first counted like the mean of the others (0 where
+    unknown)."""
     in_sum2: dict[str, NDArray[np.float32]]
     """Matrix name (gate, up, gate_up, down) -> [n_expert, columns] sum of squared inputs: the imatrix rows."""
     error: NDArray[np.float64]
@@ -26,10 +27,27 @@ class LayerCalibration:
     gate-weighted, summed over all tokens that picked it, over the residual energy. Group order: format.GROUPS."""
     wanda: NDArray[np.float64]
     """[n_expert] the paper's importance score (see calibration.wanda)."""
+    moments: NDArray[np.float32] | None = None
+    """[n_embd, n_embd] mean product of each two inputs of the block, over all tokens, up to a common factor; None where unknown. Errors of
+    gate and up are then those of quantizing with feedback (see calibration.feedback), as the file must be written."""
 
     @property
     def n_expert(self) -> int:
         return len(self.selections)
+
+
+@dataclass(frozen=True)
+class Response:
+    """What changing one layer's experts does to the model (see calibration.response)."""
+
+    type: str
+    """The ggml type that all experts of one layer and matrix group took for it."""
+    error: NDArray[np.float64]
+    """[layers, group] squared change of the layer's output over the residual energy, as in LayerCalibration.error, on the tokens passed."""
+    kld: NDArray[np.float64]
+    """[layers, group] mean Kullback-Leibler divergence of the next-token probabilities, in nats."""
+    flips: NDArray[np.float64]
+    """[layers, group, layers] share of tokens for which a later layer (last axis) then chose other experts; 0 for itself and before."""
 
 
 @dataclass(frozen=True)
@@ -57,3 +75,7 @@ class Calibration:
     dense_in_sum2: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     """GGUF tensor name -> [columns] sum of squared inputs over all tokens, for matrices that every token passes (attention, shared
     experts): the rest of the imatrix. Empty where unknown."""
+    response: Response | None = None
+    """None where nothing was passed through the model (an imatrix)."""
+    load_known: bool = True
+    """False where `selections` are made up, alike for all experts that were seen: an imatrix in the old .dat format has no counts."""

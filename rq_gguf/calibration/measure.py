@@ -9,34 +9,61 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rq_gguf.calibration.data import LayerCalibration
-from rq_gguf.calibration.imatrix import NEVER_HIT_SELECTIONS, matrix_rows
+from rq_gguf.calibration.feedback import Feedback, layer_feedback
+from rq_gguf.calibration.imatrix import expected_selections, matrix_rows
 from rq_gguf.calibration.observe import expert_hidden
 from rq_gguf.calibration.requantize import Matrix, Tick, Weights, in_threads, requantize
 from rq_gguf.calibration.wanda import wanda_importance
 from rq_gguf.format import GROUPS
 from rq_gguf.ggml import Ggml
+from rq_gguf.types import activation_block, by_stored_type
 
 MIN_TOKENS = 32
 """Tokens below which an expert's error is completed with tokens that were routed elsewhere."""
 
 
 def expert_error(
-    x: Tensor, gate_weight: Tensor, weights: dict[str, Matrix], importance: dict[str, Matrix], types: tuple[str, ...], ggml: Ggml
+    x: Tensor,
+    gate_weight: Tensor,
+    weights: dict[str, Matrix],
+    importance: dict[str, Matrix],
+    types: tuple[str, ...],
+    ggml: Ggml,
+    feedback: Feedback | None = None,
 ) -> NDArray[np.float64]:
     """[group, type] mean over tokens of |gate weight x change of the expert's output|^2, each group quantized alone.
 
     x: [n, n_embd]. gate_weight: [n]. weights: gate, up [n_ff, n_embd] and down [n_embd, n_ff]. importance: [cols] per matrix.
+    A group's inputs are rounded to 8 bits as ggml's CPU kernels do for the type: with the finer types that is half of the error.
+    feedback: for gate and up, where they are to be quantized with it.
     """
     before = {m: torch.from_numpy(w) for m, w in weights.items()}
     hidden = expert_hidden(x, before["gate"], before["up"])
+
+    def after(m: str, kind: str) -> Tensor:
+        return torch.from_numpy(requantize(ggml, kind, weights[m], importance[m], feedback if m != "down" else None))
+
+    def mean_square(change: Tensor) -> float:
+        return (change * gate_weight[:, None]).square().sum(dtype=torch.float64).item() / len(x)
+
     error = np.zeros((len(GROUPS), len(types)))
-    for t, type_name in enumerate(types):
-        after = {m: torch.from_numpy(requantize(ggml, type_name, w, importance[m])) for m, w in weights.items()}
-        of_gate_up = (expert_hidden(x, after["gate"], after["up"]) - hidden) @ before["down"].T
-        of_down = hidden @ (after["down"] - before["down"]).T
-        for g, change in enumerate((of_gate_up, of_down)):
-            error[g, t] = (change * gate_weight[:, None]).square().sum(dtype=torch.float64).item() / len(x)
+    for kind, same in by_stored_type(types, before["gate"].shape[1]).items():
+        reached = expert_hidden(rounded(x, kind), after("gate", kind), after("up", kind))
+        error[0, same] = mean_square((reached - hidden) @ before["down"].T)
+    for kind, same in by_stored_type(types, before["down"].shape[1]).items():
+        error[1, same] = mean_square(rounded(hidden, kind) @ after("down", kind).T - hidden @ before["down"].T)
     return error
+
+
+def rounded(x: Tensor, kind: str) -> Tensor:
+    """x [n, cols] as it comes back from ggml's 8-bit activations (quantize_row_q8_0, quantize_row_q8_K): one scale per block, its
+    largest value at 127."""
+    block = activation_block(kind)
+    if block is None:
+        return x
+    blocks = x.reshape(-1, block)
+    scale = blocks.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) / 127
+    return ((blocks / scale).round() * scale).reshape(x.shape)
 
 
 def completed(
@@ -69,19 +96,21 @@ def measure_layer(
     """The layer with `error` and `wanda` filled in.
 
     tokens: expert -> (block inputs [n, n_embd], gate weights [n]) to measure it on. tick: called per expert.
-    The mean error per token is scaled to all tokens that picked the expert and divided by the layer's residual energy.
+    The mean error per token is scaled to the tokens expected to pick the expert and divided by the layer's residual energy.
     """
     n_expert = layer.n_expert
     importance = {m: matrix_rows(layer, m) for m in ("gate", "up", "down")}
+    feedback = layer_feedback(layer)
     error = np.zeros((n_expert, len(GROUPS), len(types)))
     wanda = np.zeros(n_expert)
 
     def one(e: int) -> None:
         w = {m: weights(layer.layer, m, e) for m in ("gate", "up", "down")}
-        x, gate_weight = tokens(e)
-        error[e] = expert_error(x, gate_weight, w, {m: importance[m][e] for m in w}, types, ggml)
         wanda[e] = wanda_importance(w, {m: layer.in_sum2[m][e] for m in w})
+        x, gate_weight = tokens(e)
+        rows = {m: importance[m][e] for m in w}
+        error[e] = expert_error(x, gate_weight, w, rows, types, ggml, feedback)
 
     in_threads(one, n_expert, threads, tick)
-    scale = np.maximum(layer.selections, NEVER_HIT_SELECTIONS) / layer.residual_energy
+    scale = expected_selections(layer.selections) / layer.residual_energy
     return replace(layer, error=error * scale[:, None, None], wanda=wanda)

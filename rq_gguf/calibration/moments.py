@@ -6,16 +6,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rq_gguf.calibration.data import Calibration, LayerCalibration
-from rq_gguf.calibration.imatrix import NEVER_HIT_SELECTIONS, imatrix_rows
+from rq_gguf.calibration.imatrix import expected_selections, imatrix_rows
 from rq_gguf.calibration.requantize import Matrix, Tick, Weights, default_threads, in_threads, requantize
 from rq_gguf.calibration.wanda import wanda_importance
 from rq_gguf.errors import UserError
 from rq_gguf.format import GROUPS
 from rq_gguf.ggml import Ggml
+from rq_gguf.types import by_stored_type
 
 
 def measure_from_imatrix(
-    calibration: Calibration, weights: Weights, types: tuple[str, ...], ggml: Ggml, *, threads: int | None = None, tick: Tick = lambda: None
+    calibration: Calibration,
+    weights: Weights,
+    types: tuple[str, ...],
+    ggml: Ggml,
+    *,
+    threads: int | None = None,
+    tick: Tick = lambda: None,
 ) -> Calibration:
     """A plain imatrix completed with what its diagonal second moments say about errors, given the experts' weights.
 
@@ -27,9 +34,10 @@ def measure_from_imatrix(
     Gate weights are unknown and taken as 1 / n_used. The residual energy is unknown too: errors are over the layer's total expert output
     energy (in which the gate weights cancel), so they compare experts and types within a layer, and layers only as far as their experts
     contribute alike to the residual stream.
-    An expert that was never hit takes the mean statistics of the layer's others for NEVER_HIT_SELECTIONS tokens.
+    An expert that was never hit takes the mean statistics of the layer's others.
 
-    tick: called per expert. Raises UserError where the imatrix does not say how many experts a token uses.
+    tick: called per expert.
+    Raises UserError where the imatrix does not say how many experts a token uses.
     """
     if calibration.n_expert_used < 1:
         raise UserError(f"the imatrix of {calibration.model} does not say how many experts a token uses; make it again with llama-imatrix")
@@ -45,21 +53,25 @@ def _measure_moments(
 ) -> LayerCalibration:
     # A merged gate_up has one entry for both of its halves.
     keys = {m: m if m in layer.in_sum2 else "gate_up" for m in ("gate", "up", "down")}
-    tokens = np.maximum(layer.selections, NEVER_HIT_SELECTIONS)
+    tokens = expected_selections(layer.selections)
     importance = {m: imatrix_rows(layer.in_sum2[key], layer.selections) for m, key in keys.items()}
     energy = np.zeros(layer.n_expert)
     error = np.zeros((layer.n_expert, len(GROUPS), len(types)))
     wanda = np.zeros(layer.n_expert)
 
     def one(e: int) -> None:
-        w = {m: weights(layer.layer, m, e) for m in keys}
-        base = {m: float(_column_energy(w[m]) @ importance[m][e]) for m in w}
-        energy[e] = base["down"]
+        w, rows = {m: weights(layer.layer, m, e) for m in keys}, {m: importance[m][e] for m in keys}
         wanda[e] = wanda_importance(w, {m: layer.in_sum2[key][e] for m, key in keys.items()})
-        for t, type_name in enumerate(types):
-            change = {m: _column_energy(requantize(ggml, type_name, w[m], importance[m][e]) - w[m]) @ importance[m][e] for m in w}
-            error[e, 0, t] = base["down"] * sum(change[m] / base[m] for m in ("gate", "up") if base[m] > 0)
-            error[e, 1, t] = change["down"]
+        base = {m: float(_column_energy(w[m]) @ rows[m]) for m in w}
+        energy[e] = base["down"]
+
+        def change(m: str, kind: str) -> float:
+            return float(_column_energy(requantize(ggml, kind, w[m], rows[m]) - w[m]) @ rows[m])
+
+        for kind, same in by_stored_type(types, w["gate"].shape[1]).items():
+            error[e, 0, same] = base["down"] * sum(change(m, kind) / base[m] for m in ("gate", "up") if base[m] > 0)
+        for kind, same in by_stored_type(types, w["down"].shape[1]).items():
+            error[e, 1, same] = change("down", kind)
 
     in_threads(one, layer.n_expert, threads, tick)
     energy *= tokens

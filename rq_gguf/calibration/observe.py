@@ -21,6 +21,7 @@ class BlockSums:
     output_energy: NDArray[np.float64]  # [n_expert] |gate weight x expert output|^2
     in_gate_up: NDArray[np.float64]  # [n_expert, n_embd] squared inputs of gate and up
     in_down: NDArray[np.float64]  # [n_expert, n_ff] squared inputs of down
+    moments: NDArray[np.float32]  # [n_embd, n_embd] products of inputs of the block
 
     def __add__(self, other: "BlockSums") -> "BlockSums":
         return BlockSums(
@@ -29,6 +30,7 @@ class BlockSums:
             self.output_energy + other.output_energy,
             self.in_gate_up + other.in_gate_up,
             self.in_down + other.in_down,
+            self.moments + other.moments,
         )
 
 
@@ -68,7 +70,9 @@ def observe_block(
         energy[e] = ((hidden @ down.T).float() * ge[:, None]).square().sum()
         in_gate_up[e] = xe.float().square().sum(dim=0)
         in_down[e] = hidden.float().square().sum(dim=0)
-    return BlockSums(selections, _host(gate_weight), _host(energy), _host(in_gate_up), _host(in_down))
+    inputs = x.float()
+    moments = (inputs.T @ inputs).cpu().numpy()
+    return BlockSums(selections, _host(gate_weight), _host(energy), _host(in_gate_up), _host(in_down), moments)
 
 
 def _host(t: Tensor) -> NDArray[np.float64]:

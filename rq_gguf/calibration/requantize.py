@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+from rq_gguf.calibration.feedback import Feedback
 from rq_gguf.ggml import Ggml
-from rq_gguf.planning.types import fallback
+from rq_gguf.types import fallback
 
 Matrix = NDArray[np.float32]
 Weights = Callable[[int, str, int], Matrix]
@@ -16,10 +17,12 @@ Weights = Callable[[int, str, int], Matrix]
 Tick = Callable[[], object]
 
 
-def requantize(ggml: Ggml, type_name: str, w: Matrix, importance: Matrix) -> Matrix:
+def requantize(ggml: Ggml, type_name: str, w: Matrix, importance: Matrix, feedback: Feedback | None = None) -> Matrix:
     """w [rows, cols] as it comes back from a file: quantized (to the fallback where its rows do not fit the type's blocks), dequantized."""
     kind = fallback(type_name, w.shape[1])
-    return ggml.dequantize(kind, ggml.quantize(kind, w, importance), w.shape[1])
+    return ggml.dequantize(
+        kind, ggml.quantize(kind, w, importance) if feedback is None else feedback.quantize(ggml, kind, w, importance), w.shape[1]
+    )
 
 
 def default_threads() -> int:

@@ -22,15 +22,16 @@ from rq_gguf.calibration.fingerprint import router_fingerprint
 from rq_gguf.calibration.measure import completed, mean_gate_weights, measure_layer
 from rq_gguf.calibration.observe import BlockSums, input_energy, observe_block, residual_energy
 from rq_gguf.calibration.requantize import Matrix, default_threads
+from rq_gguf.calibration.response import SEQUENCES, measure_response
 from rq_gguf.calibration.sample import Sample, merge, tokens_elsewhere, tokens_of
+from rq_gguf.defaults import TOKENS
 from rq_gguf.errors import UserError
 from rq_gguf.format import GROUPS
-from rq_gguf.ggml import Ggml, block_size
+from rq_gguf.ggml import Ggml
+from rq_gguf.types import LADDER, check_type
 
 log = logging.getLogger(__name__)
 
-DEFAULT_TOKENS = 65536
-DEFAULT_TYPES = ("q4_k", "q8_0")
 SEQUENCE = 512
 """Tokens per sequence, as llama-imatrix and llama-perplexity take them."""
 SAMPLES = 256
@@ -43,9 +44,9 @@ def calibrate(
     model: Path | str,
     text: str,
     *,
-    tokens: int = DEFAULT_TOKENS,
+    tokens: int = TOKENS,
     device: str = "auto",
-    types: tuple[str, ...] = DEFAULT_TYPES,
+    types: tuple[str, ...] = LADDER,
     ggml: Ggml,
     samples: int = SAMPLES,
     threads: int | None = None,
@@ -59,7 +60,7 @@ def calibrate(
     Raises UserError for an unsuitable or broken model, too little text, non-finite weights or activations, an unknown device or type.
     """
     for t in types:
-        block_size(t)
+        check_type(t, "types")
     directory = resolve_model(model)
     family = family_of(read_config(directory), str(directory))
     check_weights(directory)
@@ -101,6 +102,11 @@ def calibrate(
             layer = observer.layer(block)
             measured_on = measured_tokens(observer.samples.pop(block.layer), layer, samples)
             layers.append(measure_layer(layer, measured_on, weights_of(block), types, ggml, threads=threads, tick=bar.update))
+    passed = torch.from_numpy(evenly(sequences, SEQUENCES)).to(where)
+    with _torch_threads(threads), torch.inference_mode(), _bar("changing", len(blocks) * len(GROUPS), "part", progress) as bar:
+        response = measure_response(
+            loaded, blocks, layers, passed, types, ggml, n_tokens=observer.n_tokens, threads=threads, tick=bar.update
+        )
 
     first = blocks[0].expert(0)
     return Calibration(
@@ -116,6 +122,7 @@ def calibrate(
         merged_gate_up=False,
         layers=tuple(layers),
         dense_in_sum2=observer.dense(family, loaded.config.num_hidden_layers),
+        response=response,
     )
 
 
@@ -166,6 +173,13 @@ def cut(encoded: tuple[NDArray[np.int64], int | None], tokens: int, length: int)
         whole = len(ids) // step
         pieces = [pieces[i * whole // wanted] for i in range(wanted)]
     return pieces if bos is None else [np.concatenate([[bos], p]) for p in pieces]
+
+
+def evenly(sequences: list[NDArray[np.int64]], n: int) -> NDArray[np.int64]:
+    """[at most n, length] of the whole sequences, evenly spaced."""
+    whole = [s for s in sequences if len(s) == len(sequences[0])]
+    n = min(n, len(whole))
+    return np.stack([whole[i * len(whole) // n] for i in range(n)])
 
 
 def batches(sequences: list[NDArray[np.int64]]) -> Iterator[Tensor]:
@@ -253,7 +267,10 @@ class Observer:
     def _on_layer(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            energy = residual_energy(hidden.reshape(-1, hidden.shape[-1]))
+            hidden = hidden.reshape(-1, *hidden.shape[-2:])
+            # A sequence's first token draws attention and has up to a hundred times the energy of the others, which says nothing of them.
+            rest = hidden[:, 1:] if hidden.shape[1] > 1 else hidden
+            energy = residual_energy(rest.reshape(-1, hidden.shape[-1])) * hidden.shape[1] / rest.shape[1]
             if not np.isfinite(energy):
                 raise UserError(f"the output of layer {layer} is not finite: the model is broken, or overflows in its type on this device")
             self.residual[layer] = self.residual.get(layer, 0.0) + energy
@@ -279,6 +296,7 @@ class Observer:
             in_sum2={"gate": gate_up, "up": gate_up, "down": down},
             error=np.zeros((block.n_expert, len(GROUPS), 0)),
             wanda=np.zeros(block.n_expert),
+            moments=sums.moments / np.float32(self.n_tokens),
         )
 
     def dense(self, family: Family, n_layers: int) -> dict[str, NDArray[np.float32]]:

@@ -1,4 +1,4 @@
-"""`rq-gguf eval`: quality against the base model and balance of the experts' load, on the user's texts."""
+"""`rq-gguf eval`: quality against the base model and balance of the experts' load, on the user's texts, and accuracy on tasks."""
 
 import tempfile
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import Any
 
 from rq_gguf.errors import UserError
 from rq_gguf.evaluation.balance import COUNTS_VARIABLE, Balance, measure_balance, read_counts
+from rq_gguf.evaluation.items import read_task
 from rq_gguf.evaluation.quality import (
     LABELS,
     N_CTX,
@@ -18,13 +19,14 @@ from rq_gguf.evaluation.quality import (
     parse_estimate,
     run_perplexity,
 )
-from rq_gguf.evaluation.text import BLOCK, mix, read_text
+from rq_gguf.evaluation.tasks import TaskResult, measure_tasks
+from rq_gguf.evaluation.tasks import describe as task_lines
+from rq_gguf.evaluation.tasks import to_json as tasks_json
+from rq_gguf.evaluation.text import BLOCK, CHARACTERS_PER_CHUNK, mix, read_text
 
 CHUNKS = 80
 FILE_CHUNKS = 30
 """Chunks per text when each is run on its own, for its balance."""
-_CHARACTERS_PER_CHUNK = 3 * N_CTX
-"""A low estimate, so that even few chunks reach every text."""
 
 
 @dataclass(frozen=True)
@@ -45,42 +47,65 @@ class Evaluation:
     out_bytes: int
     base_bytes: int
     texts: tuple[Path, ...]
-    quality: Quality
-    """On the mix of all texts."""
-    balance: Balance
+    quality: Quality | None
+    """On the mix of all texts; None where there are none."""
+    balance: Balance | None
     """In the same run."""
     by_text: tuple[TextBalance, ...]
     """Each text by itself; empty where there is only one."""
+    tasks: tuple[TaskResult, ...] = ()
 
 
 def evaluate(
     out: Path,
     base: Path,
     texts: Sequence[Path],
+    tasks: Sequence[Path] = (),
     *,
     chunks: int = CHUNKS,
     file_chunks: int = FILE_CHUNKS,
+    items: int | None = None,
     threads: int | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Run `out` and `base` on the texts, mixed evenly, and `out` on each text by itself.
+    """Run `out` and `base` on the texts, mixed evenly, `out` on each text by itself, and both on the tasks.
 
-    out: a tiered or a stock GGUF. base: the GGUF that it was made from, or another of the same model. chunks, file_chunks: chunks of
-    512 tokens at most, of the mix and of each text. threads: llama.cpp's default where None.
-    Raises UserError for files that are missing, no GGUFs or of different models, and for texts too short to be scored.
+    out: a tiered or a stock GGUF. base: the GGUF that it was made from, or another of the same model. texts, tasks: one at least of
+    either; tasks as tasks.measure_tasks takes them. chunks, file_chunks: chunks of 512 tokens at most, of the mix and of each text.
+    items: how many of each task, evenly spaced; all where None. threads: llama.cpp's default where None.
+    Raises UserError for files that are missing, no GGUFs or of different models, texts too short to be scored and malformed tasks.
     """
     if chunks < 1 or file_chunks < 1:
         raise UserError(f"--chunks {min(chunks, file_chunks)} leaves nothing to evaluate; give 1 or more")
     if threads is not None and threads < 1:
         raise UserError(f"--threads {threads} cannot run anything; give 1 or more")
-    if not texts:
-        raise UserError("no text to evaluate on; give at least one --text FILE")
+    if not texts and not tasks:
+        raise UserError("nothing to evaluate on; give at least one --text FILE or --tasks FILE")
     contents = [read_text(path) for path in texts]
+    read = [read_task(path, items) for path in tasks]
     check_same_vocabulary(out, base)
+    quality, balance = None, None
+    by_text: tuple[TextBalance, ...] = ()
+    if texts:
+        quality, balance, by_text = _run_texts(out, base, texts, contents, chunks, file_chunks, threads, progress)
+    answered = measure_tasks(out, base, read, threads=threads, progress=progress) if tasks else ()
+    return Evaluation(out, base, out.stat().st_size, base.stat().st_size, tuple(texts), quality, balance, by_text, answered)
+
+
+def _run_texts(
+    out: Path,
+    base: Path,
+    texts: Sequence[Path],
+    contents: Sequence[str],
+    chunks: int,
+    file_chunks: int,
+    threads: int | None,
+    progress: bool,
+) -> tuple[Quality, Balance, tuple[TextBalance, ...]]:
     with tempfile.TemporaryDirectory(prefix="rq-gguf-eval-") as directory:
         work = Path(directory)
         mixed = work / ("mix.txt" if len(texts) > 1 else texts[0].name)
-        block = min(BLOCK, max(256, chunks * _CHARACTERS_PER_CHUNK // len(texts)))
+        block = min(BLOCK, max(256, chunks * CHARACTERS_PER_CHUNK // len(texts)))
         mixed.write_text(mix(contents, block), encoding="utf-8")
         counts = work / "counts.json"
         quality = measure_quality(
@@ -89,7 +114,7 @@ def evaluate(
         balance = measure_balance(read_counts(counts))
         mixed.unlink()
         by_text = [_run_text(out, path, file_chunks, threads, work, progress) for path in texts] if len(texts) > 1 else []
-    return Evaluation(out, base, out.stat().st_size, base.stat().st_size, tuple(texts), quality, balance, tuple(by_text))
+    return quality, balance, tuple(by_text)
 
 
 def _run_text(out: Path, text: Path, chunks: int, threads: int | None, work: Path, progress: bool) -> TextBalance:
@@ -102,32 +127,39 @@ def _run_text(out: Path, text: Path, chunks: int, threads: int | None, work: Pat
 
 
 def describe(e: Evaluation) -> str:
-    """The evaluation as a table for people: quality on the mix, balance on the mix and on each text."""
-    q, n = e.quality, len(e.texts)
+    """The evaluation as tables for people: quality on the mix, balance on the mix and on each text, accuracy on tasks."""
+    lines = [f"{e.out} ({e.out_bytes:,} bytes) against {e.base} ({e.base_bytes:,} bytes)"]
+    if e.quality is not None and e.balance is not None:
+        lines += ["", *_text_lines(e, e.quality, e.balance)]
+    if e.tasks:
+        lines += ["", *task_lines(e.tasks)]
+    return "\n".join(lines)
+
+
+def _text_lines(e: Evaluation, q: Quality, balance: Balance) -> list[str]:
+    n = len(e.texts)
     where = f"{n} texts mixed" if n > 1 else e.texts[0].name
     change = 100 * (q.ppl.value / q.ppl_base.value - 1)
     lines = [
-        f"{e.out} ({e.out_bytes:,} bytes) against {e.base} ({e.base_bytes:,} bytes)",
-        "",
         f"quality   {where}, {q.chunks} chunks of {N_CTX} tokens",
         *(f"  {label:<14}  {text}" for label, text in _quality_rows(q)),
         f"  {'PPL change':<14}  {change:+.2f} %",
         "",
         "balance   LIS as llama.cpp counted it, mean over layers (1 is even); reduction: mean over layers of before / after",
     ]
-    rows = [("text", "tokens", "before", "after", "reduction", "per physical expert"), _balance_row(where, e.balance)]
+    rows = [("text", "tokens", "before", "after", "reduction", "per physical expert"), _balance_row(where, balance)]
     rows += [_balance_row(t.text, t.balance) for t in e.by_text]
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
     for row in rows:
         lines.append("  " + "  ".join(v.ljust(w) if c == 0 else v.rjust(w) for c, (v, w) in enumerate(zip(row, widths, strict=True))))
-    worst = e.balance.worst
+    worst = balance.worst
     lines.append(
-        f"  worst layer {worst.layer}: LIS {worst.before:.2f} -> {worst.after:.2f}; ratio of the means {e.balance.reduction_of_means:.2f}x"
+        f"  worst layer {worst.layer}: LIS {worst.before:.2f} -> {worst.after:.2f}; ratio of the means {balance.reduction_of_means:.2f}x"
     )
     if e.by_text:
         mean = sum(t.balance.reduction for t in e.by_text) / n
         lines.append(f"  mean reduction over the {n} texts, each by itself: {mean:.2f}x")
-    return "\n".join(lines)
+    return lines
 
 
 def _quality_rows(q: Quality) -> list[tuple[str, str]]:
@@ -148,16 +180,22 @@ def _balance_row(name: str, b: Balance) -> tuple[str, ...]:
 
 def to_json(e: Evaluation) -> dict[str, Any]:
     """The evaluation as plain data for json.dump."""
-    return {
+    data: dict[str, Any] = {
         "file": str(e.out),
         "base": str(e.base),
         "file_bytes": e.out_bytes,
         "base_bytes": e.base_bytes,
         "texts": [str(t) for t in e.texts],
-        "quality": {"chunks": e.quality.chunks, **{label: asdict(getattr(e.quality, field)) for field, label in LABELS.items()}},
-        "balance": _balance_json(e.balance),
-        "by_text": [{"text": t.text, "PPL": asdict(t.ppl), "balance": _balance_json(t.balance)} for t in e.by_text],
     }
+    if e.quality is not None and e.balance is not None:
+        data |= {
+            "quality": {"chunks": e.quality.chunks, **{label: asdict(getattr(e.quality, field)) for field, label in LABELS.items()}},
+            "balance": _balance_json(e.balance),
+            "by_text": [{"text": t.text, "PPL": asdict(t.ppl), "balance": _balance_json(t.balance)} for t in e.by_text],
+        }
+    if e.tasks:
+        data["tasks"] = tasks_json(e.tasks)
+    return data
 
 
 def _balance_json(b: Balance) -> dict[str, Any]:

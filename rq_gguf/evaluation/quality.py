@@ -11,8 +11,8 @@ from types import TracebackType
 from tqdm import tqdm
 
 from rq_gguf.errors import UserError
+from rq_gguf.gguf_file import read_header
 from rq_gguf.runtime.tools import Output, last_error, run_tool
-from rq_gguf.writing.gguf_file import read_header
 
 N_CTX = 512
 """Tokens of a chunk. llama-perplexity scores the second half of each."""
@@ -75,18 +75,36 @@ def measure_quality(
     Raises UserError for models with different vocabularies, a text too short, too little space, and whatever llama-perplexity refuses.
     """
     check_same_vocabulary(out, base)
-    check_space(work, logits_bytes(vocabulary_size(base), chunks))
     logits = work / "base-logits.bin"
     try:
-        args: list[str | Path] = ["-f", text, "--kl-divergence-base", logits]
-        printed = run_perplexity(base, args, chunks=chunks, threads=threads, what=f"base on {text.stem}", progress=progress)
-        parse_estimate(printed, text)
-        printed = run_perplexity(
-            out, [*args, "--kl-divergence"], chunks=chunks, threads=threads, env=env, what=f"{out.name} on {text.stem}", progress=progress
-        )
+        save_logits(base, text, logits, chunks=chunks, threads=threads, progress=progress)
+        return compare(out, text, logits, chunks=chunks, threads=threads, env=env, progress=progress)
     finally:
         logits.unlink(missing_ok=True)
-    return parse_statistics(printed)
+
+
+def save_logits(base: Path, text: Path, logits: Path, *, chunks: int, threads: int | None = None, progress: bool = True) -> None:
+    """Run the base on the first chunks of a text and keep its logits in a file. Raises UserError as `measure_quality` does."""
+    check_space(logits.parent, logits_bytes(vocabulary_size(base), chunks))
+    args: list[str | Path] = ["-f", text, "--kl-divergence-base", logits]
+    printed = run_perplexity(base, args, chunks=chunks, threads=threads, what=f"base on {text.stem}", progress=progress)
+    parse_estimate(printed, text)
+
+
+def compare(
+    out: Path,
+    text: Path,
+    logits: Path,
+    *,
+    chunks: int,
+    threads: int | None = None,
+    env: Mapping[str, str] | None = None,
+    progress: bool = True,
+) -> Quality:
+    """Compare a file with a base's logits from `save_logits` of the same text and chunks."""
+    args: list[str | Path] = ["-f", text, "--kl-divergence-base", logits, "--kl-divergence"]
+    what = f"{out.name} on {text.stem}"
+    return parse_statistics(run_perplexity(out, args, chunks=chunks, threads=threads, env=env, what=what, progress=progress))
 
 
 def run_perplexity(

@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from rq_gguf.atomic import reason
 from rq_gguf.errors import UserError
-from rq_gguf.writing.atomic import reason
 
 BLOCK = 8192
 """Characters taken from a text before the next one's turn."""
+CHARACTERS_PER_CHUNK = 1536
+"""Of a chunk of 512 tokens: a low estimate."""
+HELD_OUT = 5
+"""One block in so many is held out of a calibration text that a file is also to be measured on."""
 
 
 def mix(texts: Sequence[str], block: int = BLOCK) -> str:
@@ -28,6 +32,17 @@ def mix(texts: Sequence[str], block: int = BLOCK) -> str:
                 parts.append(part if part.endswith("\n") else part + "\n")
                 at[i] = end
     return "".join(parts)
+
+
+def hold_out(text: str, every: int = HELD_OUT, block: int = BLOCK) -> tuple[str, str]:
+    """(the rest, every `every`th block of about `block` characters): a part that covers all of the text and that nothing else uses."""
+    parts: tuple[list[str], list[str]] = ([], [])
+    start, i = 0, 0
+    while start < len(text):
+        end = _block_end(text, start, block)
+        parts[i % every == every - 1].append(text[start:end])
+        start, i = end, i + 1
+    return "".join(parts[0]), "".join(parts[1])
 
 
 def _block_end(text: str, start: int, block: int) -> int:

@@ -10,14 +10,18 @@ from rq_gguf.calibration.data import Calibration
 from rq_gguf.errors import UserError
 from rq_gguf.format import GROUPS
 from rq_gguf.planning.plan import LayerPlan
-from rq_gguf.planning.types import TYPES, fallback, row_bytes
+from rq_gguf.types import TYPES, fallback, row_bytes
 
 ALIGNMENT = 32
 """A GGUF's tensors start at multiples of this."""
 
 _UNITS = {"": 1, "b": 1} | {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)} | {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
-_FORMS = "a ggml type such as q8_0, a size of the whole file such as 16GiB or 900MB, or bits per expert weight such as 5.0bpw"
+_LIKE = re.compile(r"like:.+ \((\d+) bytes\)", re.IGNORECASE)
+_FORMS = (
+    "a ggml type such as q8_0, a size of the whole file such as 16GiB or 900MB, bits per expert weight such as 5.0bpw, "
+    "or like:FILE.gguf for the bytes of that file"
+)
 
 
 def padded(size: int) -> int:
@@ -122,8 +126,11 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """A user's `--budget`: a type's name, a size in bytes, kB, MB, GB, KiB, MiB, GiB, ..., or `<number>bpw`. UserError otherwise."""
+    """A user's `--budget`: a type's name, a size in bytes, kB, MB, GB, KiB, MiB, GiB, ..., `<number>bpw`, or `like:NAME (N bytes)`, which
+    is a size too (who asks for `like:FILE` has looked it up). UserError otherwise."""
     name = text.strip().lower()
+    if (like := _LIKE.fullmatch(name)) is not None:
+        return Budget(text, "size", int(like[1]))
     if name in TYPES:
         return Budget(text, "type", name)
     if (match := _SIZE.fullmatch(name)) is None:

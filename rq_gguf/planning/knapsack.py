@@ -89,19 +89,3 @@ def least_error(cost: NDArray[np.float64], error: NDArray[np.float64], steps: St
         np.minimum.at(stop, steps.item[too_large], steps.place[too_large])
         todo = todo[steps.place[todo] < stop[steps.item[todo]]]
     return choice
-
-
-def error_bound(cost: NDArray[np.float64], error: NDArray[np.float64], steps: Steps, capacity: float) -> float:
-    """No choice within the capacity has less total error: the Lagrangian bound, which takes the step that breaks it in part.
-
-    cost, error: [n, options]; steps: their `hull_steps`. Infinite if even the cheapest options cost more.
-    """
-    choice = cheapest(cost, error)[:, None]
-    left = capacity - float(np.take_along_axis(cost, choice, axis=1).sum())
-    if left < 0:
-        return float("inf")
-    fits = int(np.searchsorted(np.cumsum(steps.cost), left, side="right"))
-    bound = float(np.take_along_axis(error, choice, axis=1).sum()) - float(steps.gain[:fits].sum())
-    if fits < len(steps.cost):
-        bound -= float(steps.slope[fits]) * (left - float(steps.cost[:fits].sum()))
-    return max(bound, 0.0)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from rq_gguf.format import DEFAULT_DISPATCH_BLOCK
+from rq_gguf.format import DEFAULT_DISPATCH_BLOCK, MAX_TIERS
 
 Instances = tuple[tuple[str, ...], ...]
 """[n_expert][instances] ggml type names in lower case, the primary's first."""
@@ -33,6 +33,19 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class Optimum:
+    """What the optimizer proved: every plan of the same types, tiers and choice of copies has at least `bound` of
+    KLD + balance_price x (sum over layers of ln LIS) + price x bytes. KLD is the tangent of the predicted KLD at the plan found
+    (error.ErrorModel), LIS is that of the calibration text."""
+
+    price: float
+    """Nats of KLD per byte: about what the last byte saved."""
+    balance_price: float
+    """Nats of KLD per unit of ln LIS of a layer."""
+    bound: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """What the write step needs, and where it came from."""
 
@@ -51,5 +64,15 @@ class Plan:
     model: str
     dispatch: str = "balanced"
     dispatch_block: int = DEFAULT_DISPATCH_BLOCK
+    feedback: bool = False
+    """Whether gate and up are quantized with error feedback (see calibration.feedback)."""
+    max_tiers: int = MAX_TIERS
+    """Most types that a layer and group was to use."""
+    balance_weight: float | None = None
+    """Per cents of KLD for a per cent of LIS, where that decided on copies."""
+    target_kld: float | None = None
+    """Predicted KLD that the experts may cause, where that was wanted instead of a number of bytes."""
+    optimum: Optimum | None = None
+    """None for a plan that was not optimized."""
     summary: dict[str, Any] = field(default_factory=dict)
-    """Predicted figures for people (LIS before and after, error); nothing reads them back."""
+    """Predicted figures for people (LIS before and after, KLD); nothing reads them back."""

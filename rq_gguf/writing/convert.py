@@ -9,9 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rq_gguf.atomic import replacing
 from rq_gguf.errors import UserError
 from rq_gguf.runtime.tools import run_tool, source_path
-from rq_gguf.writing.atomic import replacing
 
 _OUTTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from rq_gguf import format as fmt
+from rq_gguf.gguf_file import pad
 from rq_gguf.planning.load import lis
-from rq_gguf.planning.types import bits_per_weight
-from rq_gguf.writing.gguf_file import pad
+from rq_gguf.types import bits_per_weight
 from rq_gguf.writing.tiered import Tiered, TieredLayer, open_tiered
 
 

@@ -8,12 +8,13 @@ from numpy.typing import NDArray
 
 from rq_gguf import format as fmt
 from rq_gguf.calibration.data import LayerCalibration
+from rq_gguf.calibration.feedback import Feedback, layer_feedback
 from rq_gguf.calibration.imatrix import matrix_rows
 from rq_gguf.errors import UserError
 from rq_gguf.format import GroupLayout
+from rq_gguf.gguf_file import Tensor, pad
 from rq_gguf.planning.plan import LayerPlan, Plan
-from rq_gguf.planning.types import fallback, rank
-from rq_gguf.writing.gguf_file import Tensor, pad, row_bytes
+from rq_gguf.types import fallback, rank, row_bytes
 from rq_gguf.writing.quantize import PIECE_WEIGHTS, Piece
 from rq_gguf.writing.source import Source
 
@@ -83,26 +84,45 @@ def expert_bytes(outputs: Iterable[Output]) -> int:
     return sum(pad(o.tensor.n_bytes) for o in outputs if o.is_expert)
 
 
-def pieces(outputs: Iterable[Output], calibration: Mapping[int, LayerCalibration]) -> Iterator[Piece]:
-    """The work, in file order, made as it is asked for: importance rows of one matrix at a time are in memory."""
+def pieces(
+    outputs: Iterable[Output],
+    calibration: Mapping[int, LayerCalibration],
+    others: Mapping[str, NDArray[np.float32]],
+    feedback: bool,
+) -> Iterator[Piece]:
+    """The work, in file order, made as it is asked for: importance rows of one expert matrix at a time are in memory.
+
+    others: importance rows of other tensors, from others.importance_rows. feedback: quantize gate and up with error feedback.
+    """
     rows_for: tuple[int, str] | None = None
     imatrix: NDArray[np.float32] | None = None
+    update: Feedback | None = None
     for output in outputs:
         new, content = output.tensor, output.content
         if isinstance(content, Tensor):
-            yield from _split(content, 0, content.n_rows, new.type, (new.offset,), None, None)
+            rows = others.get(content.name)
+            if rows is None:
+                yield from _split(content, 0, content.n_rows, new.type, (new.offset,), None, None)
+                continue
+            n = content.n_rows // len(rows)
+            for i, row in enumerate(rows):
+                yield from _split(content, i * n, n, new.type, (new.offset + i * n * new.row_bytes,), row, None)
         elif isinstance(content, Tier):
             if rows_for != (content.layer, content.matrix):
+                if feedback and (rows_for is None or rows_for[0] != content.layer):
+                    update = layer_feedback(calibration[content.layer])
                 rows_for = (content.layer, content.matrix)
                 imatrix = _imatrix(calibration[content.layer], content.matrix)
-            rows = content.tensor.ne[1]
-            size = rows * new.row_bytes
+            n = content.tensor.ne[1]
+            size = n * new.row_bytes
             places: dict[int, list[int]] = {}
             for i, e in enumerate(content.experts):
                 places.setdefault(e, []).append(new.offset + i * size)
             for e, offsets in places.items():
-                row = None if imatrix is None else imatrix[e]
-                yield from _split(content.tensor, e * rows, rows, new.type, tuple(offsets), row, e)
+                importance = None if imatrix is None else imatrix[e]
+                yield from _split(
+                    content.tensor, e * n, n, new.type, tuple(offsets), importance, e, update if content.matrix != "down" else None
+                )
 
 
 def _imatrix(layer: LayerCalibration, matrix: str) -> NDArray[np.float32] | None:
@@ -112,11 +132,18 @@ def _imatrix(layer: LayerCalibration, matrix: str) -> NDArray[np.float32] | None
 
 
 def _split(
-    tensor: Tensor, first: int, n: int, new_type: str, offsets: tuple[int, ...], imatrix: NDArray[np.float32] | None, expert: int | None
+    tensor: Tensor,
+    first: int,
+    n: int,
+    new_type: str,
+    offsets: tuple[int, ...],
+    imatrix: NDArray[np.float32] | None,
+    expert: int | None,
+    feedback: Feedback | None = None,
 ) -> Iterator[Piece]:
     """Rows [first, first + n) of a tensor in pieces of about PIECE_WEIGHTS."""
     step = max(1, PIECE_WEIGHTS // tensor.cols)
     new_row = row_bytes(new_type, tensor.cols)
     for at in range(0, n, step):
         places = tuple(o + at * new_row for o in offsets)
-        yield Piece(tensor, first + at, min(step, n - at), new_type, places, imatrix, expert)
+        yield Piece(tensor, first + at, min(step, n - at), new_type, places, imatrix, expert, feedback)

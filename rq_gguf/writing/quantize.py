@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rq_gguf.calibration.feedback import Feedback
 from rq_gguf.errors import UserError
-from rq_gguf.ggml import QUANTIZABLE, Ggml
-from rq_gguf.writing.gguf_file import Tensor
+from rq_gguf.ggml import Ggml
+from rq_gguf.gguf_file import Tensor
+from rq_gguf.types import QUANTIZABLE
 from rq_gguf.writing.source import Source, to_float32
 
 PIECE_WEIGHTS = 1 << 18
@@ -28,10 +30,12 @@ class Piece:
     """[columns]"""
     expert: int | None = None
     """Logical expert, for messages."""
+    feedback: Feedback | None = None
+    """Quantize with error feedback."""
 
 
 def convert(piece: Piece, source: Source, ggml: Ggml) -> NDArray[np.uint8]:
-    """The piece's rows in its type, uint8 [n_rows, row_bytes], as llama-quantize would write them.
+    """The piece's rows in its type, uint8 [n_rows, row_bytes], as llama-quantize would write them, or with error feedback.
 
     Raises UserError that names tensor and expert for weights that are not finite and for types that need a missing imatrix.
     """
@@ -43,7 +47,10 @@ def convert(piece: Piece, source: Source, ggml: Ggml) -> NDArray[np.uint8]:
         return raw
     weights = to_float32(tensor, raw, ggml)
     try:
-        rows = ggml.quantize(piece.type, weights, piece.imatrix)
+        if piece.feedback is None:
+            rows = ggml.quantize(piece.type, weights, piece.imatrix)
+        else:
+            rows = piece.feedback.quantize(ggml, piece.type, weights, piece.imatrix)
     except UserError as e:
         if not np.isfinite(weights).all():
             raise UserError(f"{_where(piece, source)} holds NaN or infinite values; get the model again") from e

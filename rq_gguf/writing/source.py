@@ -14,14 +14,13 @@ from rq_gguf.calibration.fingerprint import router_fingerprint
 from rq_gguf.errors import UserError
 from rq_gguf.format import KEY_FORMAT_VERSION, MATRICES, parse_expert_name
 from rq_gguf.ggml import Ggml
-from rq_gguf.writing.gguf_file import Header, Tensor, read_header
+from rq_gguf.gguf_file import Header, Tensor, read_headers
 
-EXPERT_TYPES = ("f32", "f16", "bf16", "q8_0")
-"""Types that experts are read from: coarser ones would be quantized twice."""
+EXPERT_TYPES = ("f32", "f16", "bf16", "q8_0", "mxfp4")
+"""Types that experts are read from: other coarse ones would be quantized twice, and in MXFP4 some models are published."""
 
 _BY_LOGICAL_ID = re.compile(r"blk\.\d+\.ffn_(gate_up|gate|up|down)_exps\.(bias|scale|input_scale)|blk\.\d+\.ffn_norm_exps\.weight")
 _ONE_PER_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
-_SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Source:
     def __init__(self, path: Path) -> None:
         """Raises UserError for files that cannot be a base: not GGUF, damaged or truncated, dense, tiered already, coarsely quantized."""
         self.path = path
-        headers = _read_split(path)
+        headers = read_headers(path)
         self.header = headers[0]
         self.tensors: dict[str, Tensor] = {name: t for h in headers for name, t in h.tensors.items()}
         """All tensors in file order, over the files of a split model."""
@@ -132,26 +131,6 @@ def _exact_float32(tensor: Tensor, raw: NDArray[np.uint8]) -> NDArray[np.float32
     return raw.view("<f2" if tensor.type == "f16" else "<f4").astype(np.float32)
 
 
-def _read_split(path: Path) -> list[Header]:
-    """Headers of all files of a model, the first one's first."""
-    first = read_header(path)
-    count = first.integer("split.count", 0)
-    if count < 2:
-        return [first]
-    name = _SPLIT_NAME.fullmatch(path.name)
-    if name is None or int(name[3]) != count:
-        raise UserError(f"{path} is part of a model in {count} files, whose names must end in -00001-of-{count:05}.gguf")
-    if first.integer("split.no", 0) != 0 or int(name[2]) != 1:
-        raise UserError(f"{path} is not the first file of its model; give {name[1]}-00001-of-{count:05}.gguf")
-    headers = [first]
-    for i in range(1, count):
-        header = read_header(path.with_name(f"{name[1]}-{i + 1:05}-of-{count:05}.gguf"), i)
-        if header.integer("split.no", -1) != i or header.integer("split.count", 0) != count:
-            raise UserError(f"{header.path} is not file {i + 1} of {count} of {path.name}; get the model's files again")
-        headers.append(header)
-    return headers
-
-
 def _find_experts(path: Path, header: Header, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     if KEY_FORMAT_VERSION in header.values:
         raise UserError(f"{path} is an rq-gguf file already; give the F16, BF16, F32 or Q8_0 GGUF that it was made from")
@@ -164,7 +143,7 @@ def _find_experts(path: Path, header: Header, tensors: dict[str, Tensor]) -> dic
         parsed = parse_expert_name(name)
         if parsed is not None and parsed[2] is None:
             if tensor.type not in EXPERT_TYPES:
-                raise UserError(f"{path}: {name} is {tensor.type} already; give an F16, BF16, F32 or Q8_0 GGUF of the model")
+                raise UserError(f"{path}: {name} is {tensor.type} already; give an F16, BF16, F32, Q8_0 or MXFP4 GGUF of the model")
             experts.setdefault(parsed[0], {})[parsed[1]] = tensor
         elif not _BY_LOGICAL_ID.fullmatch(name):
             raise UserError(f"{path}: {name} seems to belong to routed experts in a way that rq-gguf does not know")

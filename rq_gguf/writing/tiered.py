@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from rq_gguf import format as fmt
 from rq_gguf.errors import UserError
-from rq_gguf.writing.gguf_file import Header, Tensor, read_header
+from rq_gguf.gguf_file import Header, Tensor, read_header
 
 
 @dataclass(frozen=True)

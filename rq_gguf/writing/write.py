@@ -13,21 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf.constants import GGUFValueType, LlamaFileType
+from gguf.constants import GGUFValueType
 from tqdm import tqdm
 
 import rq_gguf
 from rq_gguf import format as fmt
+from rq_gguf import gguf_file as gg
+from rq_gguf.atomic import replacing
 from rq_gguf.calibration.data import Calibration
 from rq_gguf.errors import UserError
 from rq_gguf.ggml import Ggml
+from rq_gguf.gguf_file import Value
 from rq_gguf.planning.plan import Plan
-from rq_gguf.writing import gguf_file as gg
 from rq_gguf.writing import layout
-from rq_gguf.writing.atomic import replacing
-from rq_gguf.writing.gguf_file import Value
 from rq_gguf.writing.layout import Output
-from rq_gguf.writing.others import stored_types
+from rq_gguf.writing.others import FILE_TYPES, Others, importance_rows, stored_types
 from rq_gguf.writing.quantize import Piece, convert
 from rq_gguf.writing.source import Source
 
@@ -56,33 +56,43 @@ def write_model(
     out: Path,
     *,
     ggml: Ggml,
+    others: Others | None = None,
     threads: int | None = None,
     calibration_file: str = "",
     progress: bool = True,
 ) -> WriteReport:
     """Write `plan` for the base model to `out`, which appears only when complete.
 
-    base: F16, BF16, F32 or Q8_0 GGUF. ggml: the runtime's libggml-base. threads: all processors this process may use by default.
+    base: F16, BF16, F32 or Q8_0 GGUF. ggml: the runtime's libggml-base. others: types of what is no routed expert, Q8_0 by default.
+    threads: all processors this process may use by default.
     calibration_file: name for quantize.imatrix.file.
     Raises UserError for a base, plan and calibration that do not belong together, a plan over its budget, weights that are not
     finite, a full disk or a directory that cannot be written.
     """
     start = time.perf_counter()
     threads = threads or available_threads()
+    others = others or Others()
     with Source(base) as source:
         if out.exists() and out.samefile(base):
             raise UserError(f"{out} is the base model itself; name another file")
         check_plan(source, plan)
         check_calibration(source, calibration, [p.layer for p in plan.layers])
-        outputs = list(layout.outputs(source, plan, stored_types(source)))
+        if plan.feedback and any(layer.moments is None for layer in calibration.layers):
+            raise UserError(
+                "the plan quantizes with error feedback, which needs moments of inputs that the calibration lacks; calibrate again"
+            )
+        types = stored_types(source, others)
+        rows = importance_rows(source, types, calibration)
+        outputs = list(layout.outputs(source, plan, types))
         expert_bytes = layout.expert_bytes(outputs)
         if expert_bytes > plan.budget_bytes:
             raise UserError(f"the plan's experts take {expert_bytes} bytes, more than its budget of {plan.budget_bytes}; plan again")
-        values = _values(source, plan, calibration, calibration_file, expert_bytes)
+        values = _values(source, plan, calibration, others, calibration_file, expert_bytes)
         header, placed = gg.build_header(values, (o.tensor for o in outputs))
         outputs = [Output(t, o.content) for t, o in zip(placed, outputs, strict=True)]
         total = placed[-1].offset + gg.pad(placed[-1].n_bytes)
-        pieces = layout.pieces(outputs, {c.layer: c for c in calibration.layers})
+        layers = {c.layer: c for c in calibration.layers}
+        pieces = layout.pieces(outputs, layers, rows, plan.feedback)
         quiet = None if progress else True  # None: only where stderr is a terminal
         with (
             replacing(out) as temporary,
@@ -146,16 +156,20 @@ def check_calibration(source: Source, calibration: Calibration, layers: Iterable
             raise UserError(f"the calibration was made for another model ({name}): {source.path} has other routers; calibrate this model")
 
 
-def _values(source: Source, plan: Plan, calibration: Calibration, calibration_file: str, expert_bytes: int) -> dict[str, Value]:
+def _values(
+    source: Source, plan: Plan, calibration: Calibration, others: Others, calibration_file: str, expert_bytes: int
+) -> dict[str, Value]:
     """The source's values as they are, then what llama-quantize would set, then rq.*."""
     u32, u64, f32 = GGUFValueType.UINT32, GGUFValueType.UINT64, GGUFValueType.FLOAT32
     dropped = ("split.", "quantize.imatrix.", "general.alignment")  # the new file is one, with the default alignment
     values = {k: v for k, v in source.header.values.items() if not k.startswith(dropped)}
     values["general.quantization_version"] = gg.scalar(u32, QUANTIZATION_VERSION)
-    values["general.file_type"] = gg.scalar(u32, LlamaFileType.MOSTLY_Q8_0)
+    values["general.file_type"] = gg.scalar(u32, FILE_TYPES[others.file_type])
     if calibration_file:
         values["quantize.imatrix.file"] = gg.string(calibration_file)
-    values["quantize.imatrix.entries_count"] = gg.scalar(u32, sum(len(c.in_sum2) for c in calibration.layers))
+    values["quantize.imatrix.entries_count"] = gg.scalar(
+        u32, len(calibration.dense_in_sum2) + sum(len(c.in_sum2) for c in calibration.layers)
+    )
 
     blocks = source.header.integer(f"{source.shape.arch}.block_count", 0)
     replicas = [0] * max(blocks, 1 + max(p.layer for p in plan.layers))
@@ -170,13 +184,16 @@ def _values(source: Source, plan: Plan, calibration: Calibration, calibration_fi
     values[fmt.KEY_BUDGET_BYTES] = gg.scalar(u64, plan.budget_bytes)
     values[fmt.KEY_EXPERT_BYTES] = gg.scalar(u64, expert_bytes)
     values[fmt.KEY_TYPES] = gg.strings(plan.types)
+    values[fmt.KEY_OTHER] = gg.string(others.file_type)
+    if others.tensor_types:
+        values[fmt.KEY_TENSOR_TYPES] = gg.strings(others.texts)
     values[fmt.KEY_REPLICAS] = gg.numbers(u32, replicas)
     values[fmt.KEY_CALIBRATION_HASH] = gg.string(plan.calibration_sha256)
     values[fmt.KEY_CALIBRATION_TOKENS] = gg.scalar(u64, plan.calibration_tokens)
     values[fmt.KEY_SOURCE_MODEL] = gg.string(plan.model)
     planned = {p.layer for p in plan.layers}
     for c in calibration.layers:
-        if c.layer in planned:
+        if c.layer in planned and calibration.load_known:
             share = c.selections / max(int(c.selections.sum()), 1)
             values[fmt.KEY_LOAD.format(layer=c.layer)] = gg.numbers(f32, share.tolist())
     return values

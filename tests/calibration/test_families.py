@@ -1,9 +1,11 @@
 """The adapters see what the models do: the same choices, and experts that add up to the block's own output."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_models import N_EMBD, N_EXPERT, N_FF, TOP_K, tiny_model
 from torch import Tensor, nn
 
@@ -39,11 +41,21 @@ def passed(model: Any) -> list[tuple[MoeBlock, Tensor, Tensor, Any]]:
     return result
 
 
-def chosen(router: Any) -> Tensor:
+def chosen(block: MoeBlock, router: Any) -> Tensor:
     """[n, top_k] ids from what the router module returned: its choice (transformers 5) or its logits (4.57)."""
     if isinstance(router, tuple):
         return router[2]
-    return torch.topk(torch.softmax(router.float(), dim=-1), TOP_K, dim=-1).indices
+    probs = torch.softmax(router.float(), dim=-1)
+    statics = getattr(block.module, "moe_statics", None)
+    return torch.topk(probs if statics is None else statics(probs), TOP_K, dim=-1).indices
+
+
+def ernies_routing(block: MoeBlock, router: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(probabilities [n, n_expert], gate weights [n, top_k], ids [n, top_k]) as its router returned them."""
+    if not isinstance(router, tuple):
+        pytest.skip("the router of transformers 4.57 returns no choice")
+    logits, weights, ids = router
+    return logits.softmax(-1), weights, ids
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -51,8 +63,8 @@ def test_choices_and_outputs(model_type: str) -> None:
     for block, x, out, router in passed(tiny_model(model_type)):
         assert block.n_expert == N_EXPERT
         ids, weights = block.route(x)
-        assert torch.equal(ids.sort().values, chosen(router).reshape(-1, TOP_K).sort().values)
-        expected = torch.bincount(chosen(router).reshape(-1), minlength=N_EXPERT)
+        assert torch.equal(ids.sort().values, chosen(block, router).reshape(-1, TOP_K).sort().values)
+        expected = torch.bincount(chosen(block, router).reshape(-1), minlength=N_EXPERT)
         assert expected.min() < expected.max()
         sums = observe_block(x, ids, weights, block.expert, n_expert=N_EXPERT, n_ff=N_FF)
         assert sums.selections.tolist() == expected.tolist()
@@ -62,6 +74,8 @@ def test_choices_and_outputs(model_type: str) -> None:
         if hasattr(block.module, "shared_expert"):
             share = torch.sigmoid(block.module.shared_expert_gate(x))  # type: ignore[operator]
             routed = out - share * block.module.shared_expert(x)  # type: ignore[operator]
+        if hasattr(block.module, "shared_experts"):
+            routed = out - block.module.shared_experts(x)  # type: ignore[operator]
         assert routed.abs().max() > 1e-5
         assert torch.allclose(routed_sum(block, x), routed, rtol=1e-4, atol=1e-7)
 
@@ -72,6 +86,43 @@ def test_normalization_follows_the_config(normalized: bool) -> None:
         total = block.route(x)[1].sum(dim=-1)
         assert torch.allclose(total, torch.ones_like(total)) == normalized
         assert torch.allclose(routed_sum(block, x), out, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_choices_in_bfloat16(model_type: str, tmp_path: Path) -> None:
+    """Where the checkpoint's own type is kept, logits round as the model's do, which decides close calls."""
+    tiny_model(model_type).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).requires_grad_(False)
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+    for block, x, _, router in passed(model):
+        assert torch.equal(block.route(x)[0], chosen(block, router).reshape(-1, TOP_K))
+
+
+@pytest.mark.parametrize("norm_min", [1e-12, 0.8])
+def test_ernies_bias_chooses_and_does_not_weigh(norm_min: float) -> None:
+    blocks = passed(tiny_model("ernie4_5_moe", moe_norm_min=norm_min))
+    assert [b.layer for b, *_ in blocks] == [1, 2]
+    for block, x, _, router in blocks:
+        probs, weights, ids = ernies_routing(block, router)
+        ours = block.route(x)
+        assert torch.equal(ours[0], ids) and torch.equal(ours[1], weights)
+        unbiased = probs.topk(TOP_K, -1).indices
+        assert 0.02 < (unbiased.sort().values != ids.sort().values).any(-1).float().mean() < 0.5
+        sums = probs.gather(-1, ids).sum(-1)
+        assert sums.min() < 0.8 < sums.max()
+        assert torch.allclose(ours[1].sum(-1), (sums / norm_min).clamp(max=1))
+
+
+def test_ernies_bias_in_the_block() -> None:
+    """transformers 4.57 keeps it beside the router, not in it."""
+    for block, x, _, router in passed(tiny_model("ernie4_5_moe")):
+        _, weights, ids = ernies_routing(block, router)
+        block.module.moe_statics = block.module.gate.moe_statics  # type: ignore[union-attr]
+        linear = nn.Linear(N_EMBD, N_EXPERT, bias=False)
+        linear.weight = block.module.gate.weight  # type: ignore[union-attr,assignment]
+        block.module.gate = linear
+        ours = block.route(x)
+        assert torch.equal(ours[0], ids) and torch.equal(ours[1], weights)
 
 
 class _Expert(nn.Module):

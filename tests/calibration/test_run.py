@@ -17,6 +17,8 @@ from rq_gguf.calibration.data import Calibration
 from rq_gguf.calibration.families import FAMILIES, moe_blocks
 from rq_gguf.calibration.file import read_any, write_calibration
 from rq_gguf.calibration.fingerprint import router_fingerprint
+from rq_gguf.calibration.imatrix import expected_selections
+from rq_gguf.calibration.measure import rounded
 from rq_gguf.errors import UserError
 from rq_gguf.ggml import Ggml
 
@@ -41,7 +43,7 @@ def test_whole_line(tmp_path: Path, ggml: Ggml, model_type: str) -> None:
     got = calibrate(directory, ggml, types=("q4_0", "q8_0"))
     assert (got.n_tokens, got.n_expert_used, got.n_embd, got.n_ff) == (1000, TOP_K, N_EMBD, N_FF)
     assert (got.arch, got.model, got.types) == (FAMILIES[model_type].arch, "m", ("q4_0", "q8_0"))
-    assert [layer.layer for layer in got.layers] == [0, 1]
+    assert [layer.layer for layer in got.layers] == ([1, 2] if model_type == "ernie4_5_moe" else [0, 1])
     for layer in got.layers:
         assert layer.selections.sum() == 1000 * TOP_K and layer.residual_energy > 0
         hit = layer.selections > 0
@@ -49,10 +51,12 @@ def test_whole_line(tmp_path: Path, ggml: Ggml, model_type: str) -> None:
         assert layer.in_sum2["gate"].shape == (N_EXPERT, N_EMBD) and layer.in_sum2["down"].shape == (N_EXPERT, N_FF)
         assert (layer.error > 0).all() and (layer.error[hit, :, 1] < layer.error[hit, :, 0] / 20).all()
         norm = layer.gate_weight.sum() / layer.selections.sum() * TOP_K
-        assert (norm == pytest.approx(1, rel=1e-5)) == (model_type in ("mixtral", "qwen3_moe"))
+        assert (norm == pytest.approx(1, rel=1e-5)) == (model_type in ("mixtral", "qwen3_moe", "ernie4_5_moe"))
     names = {"blk.0.attn_q.weight", "blk.1.attn_output.weight"}
     if model_type == "qwen2_moe":
         names |= {"blk.0.ffn_down_shexp.weight", "blk.0.ffn_gate_shexp.weight"}
+    if model_type == "ernie4_5_moe":
+        names |= {"blk.0.ffn_down.weight", "blk.0.ffn_gate.weight", "blk.1.ffn_down_shexp.weight", "blk.2.ffn_gate_shexp.weight"}
     assert names <= set(got.dense_in_sum2) and not any("exps" in n for n in got.dense_in_sum2)
     if model_type == "mixtral":
         write_calibration(tmp_path / "a.gguf", got)
@@ -110,14 +114,14 @@ def test_all_samples_give_the_true_error(tmp_path: Path, ggml: Ggml) -> None:
             model.model(input_ids=s, use_cache=False)
         x = torch.cat(inputs)
         chosen, weights = blocks[1].route(x)
-        error = 0.0
+        error, expected = 0.0, expected_selections(got.layers[1].selections)
         for e in range(N_EXPERT):
             token, slot = torch.where(chosen == e)
             gate, up, down = blocks[1].expert(e)
             hidden = torch.nn.functional.silu(x[token] @ gate.T) * (x[token] @ up.T)
             q = ggml.dequantize("q8_0", ggml.quantize("q8_0", down.numpy()), N_FF)
-            change = hidden @ (torch.from_numpy(q) - down).T * weights[token, slot, None]
-            error += change.square().sum().item()
+            change = (rounded(hidden, "q8_0") @ torch.from_numpy(q).T - hidden @ down.T) * weights[token, slot, None]
+            error += change.square().sum().item() * expected[e] / len(token)
     assert got.layers[1].error[:, 1, 0].sum() == pytest.approx(error / got.layers[1].residual_energy, rel=1e-3)
 
 
@@ -169,7 +173,7 @@ def test_unsuitable_checkpoints(tmp_path: Path, ggml: Ggml) -> None:
 
     expect("neither a directory")
     directory = save(tmp_path / "m")
-    expect("not a ggml type", types=("q9",))
+    expect("unknown type .q9.", types=("q9",))
     weights = directory / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
@@ -227,11 +231,11 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_demo_model(demo_model: Path, shared: Path, ggml: Ggml) -> None:
     """Loads agree with figures computed independently on mixed text; eight bits hurt far less than four."""
     text = (shared / "data" / "calibration.txt").read_text(encoding="utf-8")
-    got = calibrate(demo_model, ggml, text=text, tokens=8192)
+    got = calibrate(demo_model, ggml, text=text, tokens=8192, types=("q4_k", "q8_0"))
     lis = [layer.selections.max() * layer.n_expert / layer.selections.sum() for layer in got.layers]
     assert lis == pytest.approx([2.7, 3.5, 5.0, 3.4], rel=0.15)
     for layer in got.layers:
         assert layer.selections.min() > 0
         ratio = layer.error[:, :, 1] / layer.error[:, :, 0]
-        assert (ratio < 0.02).all() and (ratio > 0.001).all()
+        assert (ratio < 0.2).all() and (ratio > 0.001).all()  # inputs rounded to 8 bits are most of it
     assert 1e-3 < np.mean([layer.error[:, :, 0].sum() for layer in got.layers]) < 4e-3

@@ -102,8 +102,8 @@ def test_an_edited_plan(inputs: Path, tmp_path: Path) -> None:
     build(inputs, out, "--dry-run")
     plan = tmp_path / "out.gguf.rq" / "plan.json"
     data = json.loads(plan.read_text())
-    for group in ("gate_up", "down"):
-        data["layers"][0][group] = ["q4_k"] * 16
+    for expert in data["layers"][0]["experts"]:
+        expert["gate_up"] = expert["down"] = "q4_k"
     data["dispatch_block"] = 4
     plan.write_text(json.dumps(data))
     refused(build(inputs, out), "was edited; use it with --plan")
@@ -112,7 +112,7 @@ def test_an_edited_plan(inputs: Path, tmp_path: Path) -> None:
     found = inspect(out)
     assert found.layers[0].tiers == {"gate_up": (("q4_k", 16),), "down": (("q4_k", 16),)}
     assert found.dispatch_block == 4
-    data["layers"][1]["down"][3] = "q4_k+q4_k+q4_k+q4_k+q4_k+q4_k"
+    data["layers"][1]["experts"][3]["down"] = "q4_k+q4_k+q4_k+q4_k+q4_k+q4_k"
     (tmp_path / "broken.json").write_text(json.dumps(data))
     refused(build(inputs, out, "--plan", tmp_path / "broken.json"), "layer 1, expert 3:")
 

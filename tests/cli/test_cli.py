@@ -69,6 +69,11 @@ def test_help_imports_nothing_heavy() -> None:
         (["--budget", "lots"], "--budget 'lots' is not understood"),
         (["--types", "q4_k,q9_k"], "unknown type 'q9_k'"),
         (["--replicas", "many"], "--replicas 'many' is not understood"),
+        (["--max-tiers", "8"], "--max-tiers '8' is not understood; give a number of types per layer and matrix from 1 to 7"),
+        (["--balance-weight", "-1"], "--balance-weight '-1' is not understood"),
+        (["--balance-weight", "1", "--replicas", "2"], "--balance-weight and --replicas 2 exclude each other"),
+        (["--policy", "paper", "--max-tiers", "2"], "--max-tiers needs --policy budget"),
+        (["--max-tiers", "2", "--plan", "plan.json"], "--max-tiers and --plan exclude each other"),
         (["--policy", "paper", "--replicas", "3"], "exactly one copy per layer"),
         (["--policy", "other"], "'other' is not one of 'budget', 'paper'"),
         (["--budget", "q8_0", "--plan", "plan.json"], "--budget and --plan exclude each other"),
@@ -200,7 +205,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     code = (
         "import sys, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        f"from rq_gguf import build; build.plan_calibration = lambda *a: open({str(fifo)!r}).read(); "
+        f"from rq_gguf import build; build.plan_calibration = lambda *a, **k: open({str(fifo)!r}).read(); "
         f"from rq_gguf.cli import main; print('ready', flush=True); main(['plan', {str(fifo)!r}, '-o', {str(out)!r}])"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

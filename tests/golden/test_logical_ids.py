@@ -12,8 +12,8 @@ from golden.llama_lib import Job, Step, prompt, run
 from numpy.typing import NDArray
 
 from rq_gguf import format as fmt
-from rq_gguf.writing import gguf_file as gg
-from rq_gguf.writing.gguf_file import Tensor
+from rq_gguf import gguf_file as gg
+from rq_gguf.gguf_file import Tensor
 
 pytestmark = [pytest.mark.golden, pytest.mark.runtime]
 

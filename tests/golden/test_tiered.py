@@ -92,6 +92,20 @@ def test_random_plans(write, compared, tiers, copies, block):
         assert passes(found.errors), [f"{e.max():.4f}" for e in found.errors]
 
 
+@pytest.mark.parametrize(
+    "types",
+    [("tq1_0", "tq2_0", "mxfp4", "nvfp4", "q4_0", "q8_0", "f16"), ("iq1_m", "iq2_s", "iq3_xxs", "iq3_s", "q4_1", "q5_0", "q8_0")],
+)
+def test_types_of_every_kind(write, compared, types):
+    """The rest of rq_gguf.types.TYPES, but those that the gguf package cannot read, and slow ones."""
+    rng = np.random.default_rng(3)
+    groups = [[tuple((str(t),) for t in rng.permutation([*types, *types, *types[:2]])) for _ in range(2)] for _ in range(N_LAYER)]
+    found = compared(write(f"kinds-{types[0]}", plan_of([LayerPlan(i, *g) for i, g in enumerate(groups)])), overrides={})
+    assert found.physical_equal
+    assert found.regret < REGRET
+    assert passes(found.errors), [f"{e.max():.4f}" for e in found.errors]
+
+
 def test_default_dispatch_and_overridden_block(write, compared):
     """What the file says is used as it is, and the block can be overridden; one thread and no mmap give the same."""
     path = write("blocks", random_plan(50, 3, 16, 2))

@@ -9,7 +9,7 @@ from rq_gguf import format as fmt
 from rq_gguf.errors import UserError
 from rq_gguf.planning.budget import ExpertShape, layer_bytes, padded, parse_budget, uniform_bytes
 from rq_gguf.planning.plan import LayerPlan
-from rq_gguf.planning.types import TYPES, row_bytes
+from rq_gguf.types import TYPES, row_bytes
 
 SHAPE = ExpertShape(n_expert=4, n_embd=512, n_ff=256, merged_gate_up=False)
 
@@ -61,6 +61,7 @@ def test_bytes_are_those_of_the_stacked_tensors(rows: list[list[tuple[str, str]]
         ("12345", "size", 12345),
         ("5.0bpw", "bpw", 5.0),
         ("4bpw", "bpw", 4.0),
+        ("like:Model (Q4_K_M).gguf (57201664 bytes)", "size", 57201664),
     ],
 )
 def test_parse_budget(text: str, kind: str, value: object) -> None:
@@ -68,7 +69,9 @@ def test_parse_budget(text: str, kind: str, value: object) -> None:
     assert (budget.kind, budget.value, budget.text) == (kind, value, text)
 
 
-@pytest.mark.parametrize("text", ["", "lots", "16G", "-3GB", "q9_0", "1.5", "0bpw", "64bpw", "GiB", "1e9", "nan", "5 bpw bpw"])
+@pytest.mark.parametrize(
+    "text", ["", "lots", "16G", "-3GB", "q9_0", "1.5", "0bpw", "64bpw", "GiB", "1e9", "nan", "5 bpw bpw", "like:x.gguf", "like:(5 bytes)"]
+)
 def test_a_budget_that_is_not_understood(text: str) -> None:
     with pytest.raises(UserError, match="--budget"):
         parse_budget(text)

@@ -15,9 +15,9 @@ import pytest
 from gguf.constants import GGUFValueType
 
 from rq_gguf import format as fmt
+from rq_gguf import gguf_file as gg
+from rq_gguf.gguf_file import Tensor, Value
 from rq_gguf.runtime.tools import tool_path
-from rq_gguf.writing import gguf_file as gg
-from rq_gguf.writing.gguf_file import Tensor, Value
 
 
 @dataclass

@@ -18,6 +18,7 @@ STORED = {
     "bf16": gguf.GGMLQuantizationType.BF16,
     "q8_0": gguf.GGMLQuantizationType.Q8_0,
     "q6_k": gguf.GGMLQuantizationType.Q6_K,
+    "mxfp4": gguf.GGMLQuantizationType.MXFP4,
 }
 
 

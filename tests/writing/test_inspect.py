@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from writing.samples import base_model
 
 from rq_gguf import format as fmt
+from rq_gguf import gguf_file as gg
 from rq_gguf.errors import UserError
-from rq_gguf.writing import gguf_file as gg
-from rq_gguf.writing.gguf_file import Tensor, Value
+from rq_gguf.gguf_file import Tensor, Value
 from rq_gguf.writing.inspect import describe, inspect, to_json
 from rq_gguf.writing.tiered import open_tiered
 

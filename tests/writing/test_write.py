@@ -20,12 +20,12 @@ from rq_gguf.calibration.file import write_calibration
 from rq_gguf.calibration.imatrix import matrix_rows
 from rq_gguf.errors import UserError
 from rq_gguf.ggml import Ggml
+from rq_gguf.gguf_file import read_header
 from rq_gguf.planning.budget import expert_shape, plan_bytes
 from rq_gguf.planning.plan import LayerPlan
-from rq_gguf.planning.types import fallback
 from rq_gguf.runtime import tools
+from rq_gguf.types import fallback
 from rq_gguf.writing import write
-from rq_gguf.writing.gguf_file import read_header
 from rq_gguf.writing.inspect import inspect
 from rq_gguf.writing.others import fixed_bytes, stored_types
 from rq_gguf.writing.readback import expert_weight, weight

@@ -5,6 +5,7 @@ milliseconds here and seconds where each entry becomes an object. Format: https:
 """
 
 import mmap
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
+from rq_gguf.atomic import reason
 from rq_gguf.errors import UserError
-from rq_gguf.writing.atomic import reason
+from rq_gguf.types import name_of, number, row_bytes
 
 _MAGIC = b"GGUF"
 _VERSION = 3
 _READABLE = (2, 3)
+_SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _SCALARS: dict[int, str] = {
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",
@@ -33,22 +36,6 @@ _SCALARS: dict[int, str] = {
     GGUFValueType.INT64: "q",
     GGUFValueType.FLOAT64: "d",
 }
-_TYPES = {t.name.lower(): t for t in GGMLQuantizationType}
-
-
-def block_sizes(type_name: str) -> tuple[int, int]:
-    """(weights per block, bytes per block) of a ggml type; raises UserError for a name that ggml does not know"""
-    if type_name not in _TYPES:
-        raise UserError(f"{type_name} is not a ggml type")
-    return GGML_QUANT_SIZES[_TYPES[type_name]]
-
-
-def row_bytes(type_name: str, cols: int) -> int:
-    """Bytes of one row; raises UserError where the row is no whole number of blocks."""
-    block, size = block_sizes(type_name)
-    if cols % block:
-        raise UserError(f"{type_name} needs rows of a multiple of {block} weights, not {cols}")
-    return cols // block * size
 
 
 def pad(n: int, alignment: int = GGUF_DEFAULT_ALIGNMENT) -> int:
@@ -190,6 +177,26 @@ def read_header(path: Path, file: int = 0) -> Header:
     return header
 
 
+def read_headers(path: Path) -> list[Header]:
+    """Headers of all files of a model that may be split, the first one's first. Raises UserError where a file is missing or another's."""
+    first = read_header(path)
+    count = first.integer("split.count", 0)
+    if count < 2:
+        return [first]
+    name = _SPLIT_NAME.fullmatch(path.name)
+    if name is None or int(name[3]) != count:
+        raise UserError(f"{path} is part of a model in {count} files, whose names must end in -00001-of-{count:05}.gguf")
+    if first.integer("split.no", 0) != 0 or int(name[2]) != 1:
+        raise UserError(f"{path} is not the first file of its model; give {name[1]}-00001-of-{count:05}.gguf")
+    headers = [first]
+    for i in range(1, count):
+        header = read_header(path.with_name(f"{name[1]}-{i + 1:05}-of-{count:05}.gguf"), i)
+        if header.integer("split.no", -1) != i or header.integer("split.count", 0) != count:
+            raise UserError(f"{header.path} is not file {i + 1} of {count} of {path.name}; get the model's files again")
+        headers.append(header)
+    return headers
+
+
 def _parse(path: Path, data: mmap.mmap, file: int) -> Header:
     (version,) = struct.unpack_from("<I", data, 4)
     if version not in _READABLE:
@@ -227,10 +234,9 @@ def _parse(path: Path, data: mmap.mmap, file: int) -> Header:
             raise UserError(f"{path} is damaged: tensor {name} has {n_dims} dimensions")
         *ne, kind, offset = struct.unpack_from(f"<{n_dims}QIQ", data, at + 4)
         at += 4 + 8 * n_dims + 12
-        try:
-            type_name = GGMLQuantizationType(kind).name.lower()
-        except ValueError:
-            raise UserError(f"{path}: tensor {name} has ggml type {kind}, which the installed gguf package does not know") from None
+        type_name = name_of(kind)
+        if type_name is None:
+            raise UserError(f"{path}: tensor {name} has ggml type {kind}, which this rq-gguf does not know; get a newer one")
         entries.append((name, type_name, tuple(ne), offset))
 
     start = pad(at, alignment)
@@ -289,7 +295,7 @@ def build_header(values: Mapping[str, Value], tensors: Iterable[Tensor]) -> tupl
     infos: list[bytes] = []
     offset = 0
     for t in tensors:
-        infos.append(_string(t.name) + struct.pack(f"<I{len(t.ne)}QIQ", len(t.ne), *t.ne, _TYPES[t.type], offset))
+        infos.append(_string(t.name) + struct.pack(f"<I{len(t.ne)}QIQ", len(t.ne), *t.ne, number(t.type), offset))
         placed.append(Tensor(t.name, t.type, t.ne, offset))
         offset += pad(t.n_bytes)
     parts = [_MAGIC, struct.pack("<IQQ", _VERSION, len(placed), len(values))]

@@ -1,0 +1,66 @@
+"""Quantizing with error feedback: what one block of a row loses, the columns behind it make up for as far as their inputs are correlated.
+
+Inputs of an expert's gate and up, the normalized residual stream, are far from independent: on a 32-expert model 30 % (last layer) to 97 %
+(first) of what half of the columns carry follows from the other half. So after a block of columns is quantized, with error E, the columns
+still to come are moved by  E H[block, rest] H[rest, rest]^-1,  the least squares answer to what E does on inputs of second moments H.
+This is GPTQ's update (arXiv 2210.17323), taken between ggml's blocks instead of columns, so that all arithmetic within a block stays
+ggml's own, its scales included. The file's format does not change, nor does anything at run time. On held-out tokens the error of gate and
+up falls by 15 % (last layer) to 50 % (first), in all types from Q2_K to Q6_K. down gets none: its inputs are an expert's own, and moments
+of every expert's would take too much room.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rq_gguf.calibration.data import LayerCalibration
+from rq_gguf.ggml import Ggml
+from rq_gguf.types import block
+
+Matrix = NDArray[np.float32]
+
+DAMPING = 0.01
+"""Of the mean diagonal, added to it: GPTQ's choice."""
+PRECISE = frozenset(("q8_0", "f16", "bf16", "f32"))
+"""Types that lose too little to be worth the arithmetic."""
+
+
+class Feedback:
+    """One layer's update for rows that are multiplied with its inputs. Safe to use from several threads."""
+
+    def __init__(self, moments: Matrix) -> None:
+        """moments: [columns, columns] second moments of the inputs, at any scale."""
+        damped = moments.astype(np.float64)
+        damped[np.diag_indices_from(damped)] += DAMPING * float(np.trace(damped)) / len(damped) or 1.0
+        # U upper triangular with U^T U = H^-1: its blocks give the update of every block given that all before it are done.
+        self._u = np.linalg.cholesky(np.linalg.inv(damped)).T
+        self._updates: dict[int, list[Matrix]] = {}
+
+    def updates(self, step: int) -> list[Matrix]:
+        """Per block of `step` columns the matrix [step, columns behind it] that its error is multiplied by."""
+        if step not in self._updates:
+            u = self._u
+            blocks = ((u[a : a + step, a : a + step], u[a : a + step, a + step :]) for a in range(0, len(u), step))
+            self._updates[step] = [np.linalg.solve(own, behind).astype(np.float32) for own, behind in blocks]
+        return self._updates[step]
+
+    def quantize(self, ggml: Ggml, kind: str, weights: Matrix, importance: Matrix | None) -> NDArray[np.uint8]:
+        """Rows [n, columns] as stored in a type, uint8 [n, row_bytes].
+
+        kind: a type whose blocks fit the rows. importance: [columns], None for none.
+        """
+        step, columns = block(kind)[0], weights.shape[1]
+        if kind in PRECISE or step >= columns:
+            return ggml.quantize(kind, weights, importance)
+        left, parts = weights.copy(), []
+        for i, update in enumerate(self.updates(step)):
+            here = slice(i * step, (i + 1) * step)
+            wanted = np.ascontiguousarray(left[:, here])
+            parts.append(ggml.quantize(kind, wanted, None if importance is None else np.ascontiguousarray(importance[here])))
+            if update.shape[1]:
+                left[:, here.stop :] -= (wanted - ggml.dequantize(kind, parts[-1], step)) @ update
+        return np.concatenate(parts, axis=1)
+
+
+def layer_feedback(layer: LayerCalibration) -> Feedback | None:
+    """The update for a layer's gate and up; None where the calibration has no moments of its inputs."""
+    return None if layer.moments is None else Feedback(layer.moments)

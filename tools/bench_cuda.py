@@ -1,0 +1,420 @@
+"""Speed of tiered files on CUDA against stock files: builds, checks and measures in one go on the machine that has the GPU.
+
+    python tools/bench_cuda.py SOURCE --work DIR [--out DIR] [--steps build,files,ops,sanitize,bench] [--arch 90] [--rounds 5]
+
+SOURCE: the pinned llama.cpp, a folder or a tarball (`models/`, `docs/` and `tools/ui/` are not needed). Needs CMake, nvcc, patch, and
+Python with numpy and gguf (`PYTHONPATH=DIR/tree/gguf-py` will do).
+
+build     stock, then patched in the same tree, so that what the series does not touch is compiled once. The first patch appends two ops to
+          ggml's enum, which every file includes: 'stock' is the tree with that patch, in which there is no CUDA code. `--pure-stock`
+          builds the untouched tree in a folder of its own instead, which takes as long again. 7 minutes on 16 cores.
+files     random weights of the shape of OLMoE-1B-7B (or of the experts of Qwen3-30B-A3B, `--shape qwen3`), fewer layers, a small
+          vocabulary: stock files of one type; tiered files of one type, half Q8_0 and half Q4_K, and a ladder of four types, each with
+          0, 4 and 16 copies a layer
+ops       test-backend-ops for the two ops and what is fused with them, against the CPU
+sanitize  the same for some of the cases under compute-sanitizer, memcheck and racecheck
+bench     rounds over all files in random order; llama-bench for tg128, pp512 and pp2048, llama-batched-bench for decode of 2 to 32
+          sequences. A file's ratio is its speed over that of stock files whose times are weighted by the share of expert selections that
+          each type serves (counted by the patched llama.cpp). Medians over the rounds.
+Everything measured goes to OUT/bench_cuda.json, the table to the terminal and OUT/bench_cuda.md.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from rq_gguf.format import (
+    DEFAULT_DISPATCH_BLOCK,
+    FORMAT_VERSION,
+    KEY_DISPATCH,
+    KEY_DISPATCH_BLOCK,
+    KEY_FORMAT_VERSION,
+    MATRICES,
+    GroupLayout,
+    build_map,
+    layout_group,
+    map_name,
+    tier_name,
+)
+
+STEPS = ("build", "files", "ops", "sanitize", "bench")
+PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-perplexity", "test-backend-ops")
+SEQUENCES = (2, 4, 8, 32)
+COPIES = (0, 4, 16)
+LADDER = ("Q8_0", "Q6_K", "Q4_K", "Q3_K")
+OPS = "EXPERT_REMAP,EXPERT_REMAP_FUSION,MUL_MAT_TIERS,MUL_MAT_TIERS_FUSION"
+STOCK_OPS = "TOPK_MOE,MUL_MAT_ID,MUL_MAT_ID_FUSION"
+SANITIZED = 12
+"""Every so manieth case goes through compute-sanitizer."""
+BLOCKS = {"Q8_0": (34, [(0, 2e-4)]), "Q6_K": (210, [(208, 2e-5)]), "Q4_K": (144, [(0, 5e-4), (2, 4e-3)]), "Q3_K": (110, [(108, 5e-4)])}
+"""Type -> (bytes of a block, [(offset of an F16 scale, its value)]): random blocks with these are finite weights."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's measures. Attention is that of architecture `olmoe` in every case, so only the experts are like the named model's."""
+
+    n_embd: int
+    n_ff: int
+    n_expert: int
+    n_used: int
+    n_head: int
+    n_layer: int
+    n_vocab: int = 8192
+
+
+SHAPES = {"olmoe": Shape(2048, 1024, 64, 8, 16, 8), "qwen3": Shape(2048, 768, 128, 8, 16, 6)}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A file, and how the types are dealt to its experts in turns."""
+
+    name: str
+    types: tuple[str, ...]
+    copies: int = 0
+    tiered: bool = True
+
+    @property
+    def build(self) -> str:
+        return "patched" if self.tiered else "stock"
+
+
+@dataclass
+class Measured:
+    """Samples in tokens per second by test, and the share of selections by type."""
+
+    shares: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+
+def variants() -> list[Variant]:
+    stock = [Variant(f"stock {t}", (t,), tiered=False) for t in LADDER]
+    mixes = {"one type Q8_0": ("Q8_0",), "one type Q4_K": ("Q4_K",), "half Q8_0, half Q4_K": ("Q8_0", "Q4_K"), "ladder of four": LADDER}
+    return stock + [Variant(name, types, copies) for name, types in mixes.items() for copies in COPIES]
+
+
+def run(command: Sequence[str | Path], log: Path, *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+    """Standard output; everything printed is appended to the log. Raises CalledProcessError."""
+    words = [str(c) for c in command]
+    done = subprocess.run(words, env={**os.environ, **(env or {})}, cwd=cwd, capture_output=True, text=True, errors="replace")
+    with log.open("a", encoding="utf-8") as f:
+        f.write(f"$ {' '.join(words)}\n{done.stdout}{done.stderr}\n")
+    if done.returncode != 0:
+        print(f"{done.stdout[-2000:]}{done.stderr[-2000:]}", file=sys.stderr)
+        raise subprocess.CalledProcessError(done.returncode, words)
+    return done.stdout
+
+
+def run_tests(program: Sequence[str | Path], cases: str, log: Path) -> str:
+    """What test-backend-ops prints; that tests fail is not an error."""
+    words = [*map(str, program), "test", "-o", cases]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    with log.open("a", encoding="utf-8") as f:
+        f.write(f"$ {' '.join(words)}\n{done.stdout}\n")
+    return done.stdout
+
+
+#
+# build
+#
+
+
+def unpack(source: Path, tree: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, tree, symlinks=True, ignore=shutil.ignore_patterns(".git"))
+    else:
+        tree.mkdir(parents=True)
+        with tarfile.open(source) as tar:
+            tar.extractall(tree, filter="data")
+
+
+def apply_patches(tree: Path, patches: Sequence[Path], log: Path) -> None:
+    for p in patches:
+        run(["patch", "-p1", "--no-backup-if-mismatch", "-i", p.resolve()], log, cwd=tree)
+
+
+def compile_tree(tree: Path, bin_dir: Path, arch: str, jobs: int, log: Path) -> None:
+    """Programs without shared libraries, so that they stay when the tree changes."""
+    folder = tree.parent / f"build-{tree.name}"
+    if not (folder / "CMakeCache.txt").exists():
+        off = [f"-D{o}=OFF" for o in ("GGML_CUDA_FA", "BUILD_SHARED_LIBS", "LLAMA_OPENSSL", "LLAMA_BUILD_SERVER", "LLAMA_BUILD_EXAMPLES")]
+        on = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={arch}"]
+        run(["cmake", "-S", tree, "-B", folder, *on, *off], log)
+    run(["cmake", "--build", folder, "-j", str(jobs), "--target", *PROGRAMS], log)
+    bin_dir.mkdir(parents=True, exist_ok=True)
+    for program in PROGRAMS:
+        shutil.copy2(folder / "bin" / program, bin_dir / program)
+
+
+def build(source: Path, patches: Path, work: Path, arch: str, jobs: int, pure_stock: bool, log: Path) -> None:
+    series = sorted(patches.glob("*.patch"))
+    if pure_stock:
+        unpack(source, work / "stock")
+        compile_tree(work / "stock", work / "bin-stock", arch, jobs, log)
+    unpack(source, work / "tree")
+    if not pure_stock:
+        apply_patches(work / "tree", series[:1], log)
+        compile_tree(work / "tree", work / "bin-stock", arch, jobs, log)
+        series = series[1:]
+    apply_patches(work / "tree", series, log)
+    compile_tree(work / "tree", work / "bin-patched", arch, jobs, log)
+
+
+#
+# files
+#
+
+
+def random_blocks(rng: np.random.Generator, type_name: str, shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], gguf.GGMLQuantizationType]:
+    """Weights of a type as rows of bytes, and the type."""
+    qtype = gguf.GGMLQuantizationType[type_name]
+    block, size = gguf.GGML_QUANT_SIZES[qtype]
+    _, scales = BLOCKS[type_name]
+    rows = (*shape[:-1], shape[-1] // block * size)
+    n_bytes = int(np.prod(rows))
+    tile = rng.integers(0, 256, (min(n_bytes // size, 100_000), size), dtype=np.uint8)
+    for offset, value in scales:
+        tile[:, offset : offset + 2] = np.array([value], np.float16).view(np.uint8)
+    return np.resize(tile.reshape(-1), n_bytes).reshape(rows), qtype
+
+
+def expert_types(v: Variant, shape: Shape) -> tuple[tuple[str, ...], ...]:
+    """[n_expert][instances], the copies spread over the experts; a copy has its primary's type."""
+    copied = {i * shape.n_expert // v.copies for i in range(v.copies)} if v.copies else set()
+    return tuple((v.types[e % len(v.types)],) * (2 if e in copied else 1) for e in range(shape.n_expert))
+
+
+def write_file(v: Variant, shape: Shape, path: Path) -> None:
+    rng = np.random.default_rng(0)
+    w = gguf.GGUFWriter(path.with_suffix(".part"), "olmoe")
+    w.add_context_length(4096)
+    w.add_embedding_length(shape.n_embd)
+    w.add_block_count(shape.n_layer)
+    w.add_feed_forward_length(shape.n_ff)
+    w.add_head_count(shape.n_head)
+    w.add_head_count_kv(shape.n_head)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_rope_freq_base(10000.0)
+    w.add_expert_count(shape.n_expert)
+    w.add_expert_used_count(shape.n_used)
+    w.add_vocab_size(shape.n_vocab)
+    w.add_tokenizer_model("no_vocab")
+    if v.tiered:
+        w.add_uint32(KEY_FORMAT_VERSION, FORMAT_VERSION)
+        w.add_string(KEY_DISPATCH, "balanced")
+        w.add_uint32(KEY_DISPATCH_BLOCK, DEFAULT_DISPATCH_BLOCK)
+
+    def quantized(name: str, dims: tuple[int, ...], type_name: str) -> None:
+        data, qtype = random_blocks(rng, type_name, dims)
+        w.add_tensor(name, data, raw_dtype=qtype)
+
+    types = expert_types(v, shape)
+    layout: GroupLayout = layout_group(types, v.types)
+    quantized("token_embd.weight", (shape.n_vocab, shape.n_embd), "Q8_0")
+    quantized("output.weight", (shape.n_vocab, shape.n_embd), "Q8_0")
+    w.add_tensor("output_norm.weight", np.ones(shape.n_embd, np.float32))
+    for i in range(shape.n_layer):
+        for norm in ("attn_norm", "ffn_norm", "attn_q_norm", "attn_k_norm"):
+            w.add_tensor(f"blk.{i}.{norm}.weight", np.ones(shape.n_embd, np.float32))
+        for matrix in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            quantized(f"blk.{i}.{matrix}.weight", (shape.n_embd, shape.n_embd), "Q8_0")
+        w.add_tensor(f"blk.{i}.ffn_gate_inp.weight", rng.standard_normal((shape.n_expert, shape.n_embd), np.float32) * np.float32(0.02))
+        for matrix in MATRICES:
+            if matrix == "gate_up":
+                continue
+            dims = (shape.n_embd, shape.n_ff) if matrix == "down" else (shape.n_ff, shape.n_embd)
+            if not v.tiered:
+                quantized(f"blk.{i}.ffn_{matrix}_exps.weight", (shape.n_expert, *dims), v.types[0])
+                continue
+            for t, tier in enumerate(layout.tiers):
+                quantized(tier_name(i, matrix, t), (len(tier.instances), *dims), tier.type)
+        if v.tiered and (v.copies or len(layout.tiers) > 1):
+            w.add_tensor(map_name(i), build_map((layout, layout), shape.n_expert))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    path.with_suffix(".part").rename(path)
+
+
+def file_of(v: Variant, work: Path) -> Path:
+    return work / "files" / f"{v.name}-{v.copies}.gguf".replace(" ", "_").replace(",", "")
+
+
+def make_files(shape: Shape, work: Path, wanted: Sequence[Variant]) -> None:
+    (work / "files").mkdir(parents=True, exist_ok=True)
+    for v in wanted:
+        if not file_of(v, work).exists():
+            write_file(v, shape, file_of(v, work))
+            print(f"{v.name}, {v.copies} copies: {file_of(v, work).stat().st_size / 1e9:.2f} GB", file=sys.stderr)
+
+
+#
+# checks
+#
+
+
+def passed_cases(printed: str) -> list[str]:
+    """Names of the cases that test-backend-ops found to be right."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", printed)
+    return [m[1] for m in re.finditer(r"^.*?(\w+\(.*\)): OK$", plain, flags=re.MULTILINE)]
+
+
+def check_ops(work: Path, out: Path) -> str:
+    """What test-backend-ops says of the ops, with the cases that failed."""
+    printed = run_tests([work / "bin-patched/test-backend-ops"], f"{OPS},{STOCK_OPS}", out / "ops.log")
+    failed = [line.strip()[-200:] for line in printed.splitlines() if "FAIL" in line]
+    return "\n".join([f"test-backend-ops: {len(passed_cases(printed))} cases right, {len(failed)} wrong", *failed[:20]])
+
+
+def sanitize(work: Path, out: Path) -> str:
+    """compute-sanitizer's summaries on every so manieth case."""
+    program = work / "bin-patched/test-backend-ops"
+    cases = passed_cases(run_tests([program], OPS, out / "ops.log"))
+    lines = []
+    for tool, step in (("memcheck", SANITIZED), ("racecheck", 3 * SANITIZED)):
+        printed = run_tests(["compute-sanitizer", "--tool", tool, program], ",".join(cases[::step]), out / "sanitize.log")
+        summaries = [line.strip("= ") for line in printed.splitlines() if "SUMMARY" in line] or ["no summary"]
+        lines += [f"{tool}, {len(cases[::step])} cases: {s}" for s in summaries]
+    return "\n".join(lines)
+
+
+#
+# speed
+#
+
+
+def shares(v: Variant, work: Path, out: Path) -> dict[str, float]:
+    """Share of expert selections that each type of a file serves in decode."""
+    counts = work / "counts.json"
+    run(
+        [work / "bin-patched/llama-bench", "-m", file_of(v, work), "-ngl", "99", "-p", "0", "-n", "64", "-r", "1"],
+        out / "bench.log",
+        env={"LLAMA_EXPERT_COUNTS": str(counts)},
+    )
+    served = dict.fromkeys(v.types, 0)
+    for layer in json.loads(counts.read_text())["layers"]:
+        for e, n in enumerate(layer["logical"]):
+            served[v.types[e % len(v.types)]] += n
+    return {t: n / sum(served.values()) for t, n in served.items()}
+
+
+def bench_once(v: Variant, build_name: str, work: Path, out: Path, repetitions: int) -> dict[str, float]:
+    """Tokens per second by test."""
+    programs, log = work / f"bin-{build_name}", out / "bench.log"
+    common: list[str | Path] = ["-m", file_of(v, work), "-ngl", "99"]
+    printed = run([programs / "llama-bench", *common, "-p", "512,2048", "-n", "128", "-r", str(repetitions), "-o", "json"], log)
+    speeds = {f"tg{r['n_gen']}" if r["n_gen"] else f"pp{r['n_prompt']}": statistics.median(r["samples_ts"]) for r in json.loads(printed)}
+    options = ["-c", "4096", "-npp", "16", "-ntg", "48", "-npl", ",".join(map(str, SEQUENCES)), "--output-format", "jsonl"]
+    printed = run([programs / "llama-batched-bench", *common, *options], log)
+    for line in printed.splitlines():
+        if line.startswith("{"):
+            r = json.loads(line)
+            speeds[f"{r['pl']} seq"] = r["speed_tg"]
+    return speeds
+
+
+def expected(v: Variant, test: str, results: Mapping[str, Measured]) -> float:
+    """Speed that stock files give, their times weighted by the shares."""
+    return 1 / sum(share / statistics.median(results[f"stock {t}"].samples[test]) for t, share in results[key(v)].shares.items())
+
+
+def key(v: Variant) -> str:
+    return f"{v.name}, {v.copies} copies" if v.tiered else v.name
+
+
+def table(wanted: Sequence[Variant], results: Mapping[str, Measured]) -> str:
+    tests = ["tg128", *(f"{n} seq" for n in SEQUENCES), "pp512", "pp2048"]
+    rows = [["file", *tests], ["---"] * (len(tests) + 1)]
+    for v in wanted:
+        r = results[key(v)]
+        cells = []
+        for test in tests:
+            median = statistics.median(r.samples[test])
+            cells.append(f"{median:.0f}" + (f" ({median / expected(v, test, results):.3f})" if v.tiered else ""))
+        rows.append([key(v), *cells])
+        same = results.get(f"{v.name}, patched build")
+        if same:
+            ratios = [statistics.median(same.samples[t]) / statistics.median(r.samples[t]) for t in tests]
+            rows.append([f"{v.name}, patched build", *(f"({x:.3f})" for x in ratios)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def bench(shape: Shape, work: Path, out: Path, wanted: Sequence[Variant], rounds: int, repetitions: int) -> str:
+    jobs = [(v, v.build, key(v)) for v in wanted] + [(v, "patched", f"{v.name}, patched build") for v in wanted if not v.tiered]
+    results = {name: Measured() for _, _, name in jobs}
+    for v in wanted:
+        if v.tiered:
+            results[key(v)].shares = shares(v, work, out) if len(v.types) > 1 else {v.types[0]: 1.0}
+    for _ in range(rounds):
+        random.shuffle(jobs)
+        for v, build_name, name in jobs:
+            for test, speed in bench_once(v, build_name, work, out, repetitions).items():
+                results[name].samples.setdefault(test, []).append(speed)
+        record: dict[str, Any] = {"shape": asdict(shape), "results": {name: asdict(r) for name, r in results.items()}}
+        (out / "bench_cuda.json").write_text(json.dumps(record, indent=1))
+    return table(wanted, results)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("source", type=Path)
+    p.add_argument("--patches", type=Path, default=Path(__file__).resolve().parents[1] / "patches")
+    p.add_argument("--work", type=Path, required=True)
+    p.add_argument("--out", type=Path)
+    p.add_argument("--steps", default=",".join(STEPS))
+    p.add_argument("--arch", default="90")
+    p.add_argument("--jobs", type=int, default=os.cpu_count())
+    p.add_argument("--pure-stock", action="store_true")
+    p.add_argument("--shape", choices=SHAPES, default="olmoe")
+    p.add_argument("--layers", type=int)
+    p.add_argument("--only", help="starts of the names of tiered files to measure, separated by |, with the stock files that they need")
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--repetitions", type=int, default=3)
+    args = p.parse_args()
+
+    out = args.out or args.work
+    out.mkdir(parents=True, exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    shape = SHAPES[args.shape]
+    if args.layers:
+        shape = Shape(**{**asdict(shape), "n_layer": args.layers})
+    wanted = variants()
+    if args.only:
+        kept = [v for v in wanted if v.tiered and key(v).startswith(tuple(args.only.split("|")))]
+        wanted = [v for v in wanted if not v.tiered and any(v.types[0] in k.types for k in kept)] + kept
+
+    steps = args.steps.split(",")
+    if "build" in steps:
+        build(args.source, args.patches, args.work, args.arch, args.jobs, args.pure_stock, out / "build.log")
+    if "files" in steps:
+        make_files(shape, args.work, wanted)
+    if "ops" in steps:
+        print(check_ops(args.work, out), flush=True)
+    if "sanitize" in steps:
+        print(sanitize(args.work, out), flush=True)
+    if "bench" in steps:
+        text = bench(shape, args.work, out, wanted, args.rounds, args.repetitions)
+        (out / "bench_cuda.md").write_text(text + "\n")
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
