@@ -7,7 +7,8 @@ experts beside Q8_0 for the rest; a type of whole files such as Q4_K_M is llama-
 unquantized model by llama-perplexity on the held-out texts, mixed. Imatrices: none; llama-imatrix on the whole text; calibrate on the whole
 text; calibrate on the tokens that it takes by default. The table has the mean KL divergence and its ratio to llama-imatrix's. All files
 see the same tokens, so a difference between two of them is much surer than the errors of the figures themselves.
-With --work the converted model, llama-imatrix's file and the model's logits are kept in DIR and used again; the rest is always made anew.
+With --work all inputs are kept in DIR (the converted model, its logits, llama-imatrix's file and the calibrations) and used again where
+they are there: delete calibrate-*.gguf to compare another version of calibrate.
 """
 
 import argparse
@@ -40,10 +41,10 @@ def imatrices(model: Path, base: Path, text: Path, folder: Path, threads: int) -
     content = text.read_text(encoding="utf-8")
     ggml = Ggml(library_path("ggml-base"))
     for name, tokens in ((OURS, 1 << 40), (FEWER, TOKENS)):
-        path = folder / f"calibrate-{'all' if name == OURS else TOKENS}.gguf"
-        write_calibration(
-            path, calibrate(model, content, tokens=tokens, device="cpu", types=("q8_0",), samples=1, ggml=ggml, threads=threads)
-        )
+        path = folder / f"calibrate-{'all' if name == OURS else tokens}.gguf"
+        if not path.exists():
+            made = calibrate(model, content, tokens=tokens, device="cpu", types=("q8_0",), samples=1, ggml=ggml, threads=threads)
+            write_calibration(path, made)
         found[name] = path
     return found
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rq_gguf.calibration.data import Calibration, LayerCalibration
+from rq_gguf.calibration.gated import hidden_sensitivity
 from rq_gguf.calibration.imatrix import expected_selections, imatrix_rows
 from rq_gguf.calibration.requantize import Matrix, Tick, Weights, default_threads, in_threads, requantize
 from rq_gguf.calibration.wanda import wanda_importance
@@ -29,8 +30,7 @@ def measure_from_imatrix(
     With s[m] the sums of squared inputs of matrix m over the expert's tokens and W[m] its weights, columns taken as uncorrelated:
     - expert output energy E = sum_j s[down]_j |W[down]_:j|^2;
     - error of down          = sum_j s[down]_j |dW[down]_:j|^2;
-    - error of gate and up   = E * (r[gate] + r[up]), r[m] = sum_j s[m]_j |dW[m]_:j|^2 / sum_j s[m]_j |W[m]_:j|^2: the relative error of
-      a product is the sum of its factors'.
+    - error of gate and up   = sum_i |W[down]_:i|^2 c_i, c_i what their errors change hidden unit i by (see gated).
     Gate weights are unknown and taken as 1 / n_used. The residual energy is unknown too: errors are over the layer's total expert output
     energy (in which the gate weights cancel), so they compare experts and types within a layer, and layers only as far as their experts
     contribute alike to the residual stream.
@@ -62,16 +62,19 @@ def _measure_moments(
     def one(e: int) -> None:
         w, rows = {m: weights(layer.layer, m, e) for m in keys}, {m: importance[m][e] for m in keys}
         wanda[e] = wanda_importance(w, {m: layer.in_sum2[key][e] for m, key in keys.items()})
-        base = {m: float(_column_energy(w[m]) @ rows[m]) for m in w}
-        energy[e] = base["down"]
+        hidden = rows["down"].astype(np.float64)
+        columns = _column_energy(w["down"])
+        energy[e] = columns @ hidden
+        of_gate, of_up = hidden_sensitivity(_outputs(w["gate"], rows["gate"]), _outputs(w["up"], rows["up"]), hidden)
 
-        def change(m: str, kind: str) -> float:
-            return float(_column_energy(requantize(ggml, kind, w[m], rows[m]) - w[m]) @ rows[m])
+        def change(m: str, kind: str) -> Matrix:
+            return requantize(ggml, kind, w[m], rows[m]) - w[m]
 
         for kind, same in by_stored_type(types, w["gate"].shape[1]).items():
-            error[e, 0, same] = base["down"] * sum(change(m, kind) / base[m] for m in ("gate", "up") if base[m] > 0)
+            changed = of_gate * _outputs(change("gate", kind), rows["gate"]) + of_up * _outputs(change("up", kind), rows["up"])
+            error[e, 0, same] = columns @ changed
         for kind, same in by_stored_type(types, w["down"].shape[1]).items():
-            error[e, 1, same] = change("down", kind)
+            error[e, 1, same] = _column_energy(change("down", kind)) @ hidden
 
     in_threads(one, layer.n_expert, threads, tick)
     energy *= tokens
@@ -82,3 +85,8 @@ def _measure_moments(
 def _column_energy(w: Matrix) -> NDArray[np.float64]:
     """[cols] squared norm of each column of [rows, cols]."""
     return np.einsum("ij,ij->j", w, w, dtype=np.float64)
+
+
+def _outputs(w: Matrix, mean_square: Matrix) -> NDArray[np.float64]:
+    """[rows] mean squared outputs of [rows, cols] for uncorrelated inputs of mean squares [cols]."""
+    return np.square(w, dtype=np.float64) @ mean_square

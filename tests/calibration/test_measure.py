@@ -8,6 +8,7 @@ import torch
 from synthetic import synthetic_calibration
 
 from rq_gguf.calibration.data import LayerCalibration
+from rq_gguf.calibration.gated import hidden_sensitivity
 from rq_gguf.calibration.imatrix import expected_selections, imatrix_rows
 from rq_gguf.calibration.measure import completed, expert_error, mean_gate_weights, measure_layer, rounded
 from rq_gguf.calibration.moments import measure_from_imatrix
@@ -139,8 +140,12 @@ def test_moments_by_direct_arithmetic(ggml: Ggml) -> None:
             return float(np.square(requantize(ggml, "q4_k", WEIGHTS[m][e], ONES[m]) - WEIGHTS[m][e]).sum())
 
         assert result.error[e, 1, 0] == pytest.approx(n[e] * change("down") / energy.sum(), rel=1e-4)
-        relative = sum(change(m) / np.square(WEIGHTS[m][e]).sum() for m in ("gate", "up"))
-        assert result.error[e, 0, 0] == pytest.approx(energy[e] * relative / energy.sum(), rel=1e-4)
+        ones = np.ones(N_FF)
+        of_gate, of_up = hidden_sensitivity(*(np.square(WEIGHTS[m][e]).sum(axis=1, dtype=np.float64) for m in ("gate", "up")), ones)
+        moved = sum(k * np.square(requantize(ggml, "q4_k", WEIGHTS[m][e], ONES[m]) - WEIGHTS[m][e]).sum(axis=1)
+                    for k, m in ((of_gate, "gate"), (of_up, "up")))  # fmt: skip
+        columns = np.square(WEIGHTS["down"][e]).sum(axis=0)
+        assert result.error[e, 0, 0] == pytest.approx(n[e] * (columns @ moved) / energy.sum(), rel=1e-4)
 
 
 def test_moments_are_exact_for_down_where_columns_are_uncorrelated(ggml: Ggml) -> None:
