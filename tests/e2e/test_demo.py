@@ -25,7 +25,7 @@ def rq_gguf(*arguments: object, env: dict[str, str] | None = None) -> subprocess
 @pytest.fixture(scope="module")
 def out(tmp_path_factory, runtime) -> Path:
     path = tmp_path_factory.mktemp("demo") / "demo-rq.gguf"
-    done = rq_gguf("build", "demo", path, "--json", path.with_suffix(".json"))
+    done = rq_gguf("build", "demo", path, "--replicas", 4, "--json", path.with_suffix(".json"))
     assert done.returncode == 0, done.stderr[-3000:]
     return path
 
@@ -52,7 +52,7 @@ def test_file_is_valid_and_within_its_budget(out):
 
 def test_finished_steps_are_skipped(out):
     before = out.stat().st_mtime_ns
-    done = rq_gguf("build", "demo", out)
+    done = rq_gguf("build", "demo", out, "--replicas", 4)
     assert done.returncode == 0, done.stderr
     assert out.stat().st_mtime_ns == before
 
