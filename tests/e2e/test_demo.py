@@ -44,6 +44,12 @@ def complete(runtime: Path, model: Path, *options: object, env: dict[str, str] |
     return done.stdout
 
 
+def alike(texts: list[str]) -> bool:
+    """The same as far as they go: on a busy machine llama-completion may exit before its last words are printed."""
+    length = min(len(text.rstrip()) for text in texts)
+    return length > 40 and len({text[:length] for text in texts}) == 1
+
+
 def test_file_is_valid_and_within_its_budget(out):
     found = inspect(out)
     assert found.budget_bytes is not None and found.expert_bytes <= found.budget_bytes
@@ -60,11 +66,8 @@ def test_finished_steps_are_skipped(out):
 def test_text_is_the_same_with_and_without_mmap_and_by_any_dispatch_of_one_sequence(out, runtime):
     # A prompt of a few tokens and one sequence never fill a block of 16, so all go to the primaries.
     options = [(), ("--load-mode", "none"), ("--override-kv", "rq.dispatch=str:primary"), ("--cpu-moe",)]
-    texts = [complete(runtime, out, *o).rstrip() for o in options]
-    # On a busy machine the program may exit before its last words are printed.
-    length = min(map(len, texts))
-    assert length > 40 and texts[0].startswith(" Once upon a time")
-    assert len({text[:length] for text in texts}) == 1
+    texts = [complete(runtime, out, *o) for o in options]
+    assert texts[0].startswith(" Once upon a time") and alike(texts)
 
 
 def test_counts_follow_the_dispatch(out, runtime, tmp_path):
@@ -148,4 +151,4 @@ def test_session_is_saved_and_restored(out, runtime, tmp_path):
     cache = tmp_path / "session.bin"
     first = complete(runtime, out, "--prompt-cache", cache)
     assert cache.stat().st_size > 0
-    assert complete(runtime, out, "--prompt-cache", cache) == first
+    assert alike([first, complete(runtime, out, "--prompt-cache", cache)])
