@@ -1,6 +1,6 @@
 """Speed of tiered files on CUDA against stock files: builds, checks and measures in one go on the machine that has the GPU.
 
-    python tools/bench_cuda.py SOURCE --work DIR [--out DIR] [--steps build,files,ops,sanitize,bench] [--arch 90] [--rounds 5]
+    python tools/bench_cuda.py SOURCE --work DIR [--out DIR] [--steps build,files,ops,sanitize,profile,bench] [--arch 90] [--rounds 5]
 
 SOURCE: the pinned llama.cpp, a folder or a tarball (`models/`, `docs/` and `tools/ui/` are not needed). Needs CMake, nvcc, patch, and
 Python with numpy and gguf (`PYTHONPATH=DIR/tree/gguf-py` will do).
@@ -10,16 +10,19 @@ build     stock, then patched in the same tree, so that what the series does not
           builds the untouched tree in a folder of its own instead, which takes as long again. 7 minutes on 16 cores.
 files     random weights of the shape of OLMoE-1B-7B (or of the experts of Qwen3-30B-A3B, `--shape qwen3`), fewer layers, a small
           vocabulary: stock files of one type; tiered files of one type, half Q8_0 and half Q4_K, and a ladder of four types, each with
-          0, 4 and 16 copies a layer
+          0, 4 and 16 copies a layer; with `--plan PLAN.json=TYPE`, the types of a plan of rq-gguf, dealt out so that each type serves the
+          share of selections that the plan gives it, to be compared with the stock file of a type that has the same KL divergence
 ops       test-backend-ops for the two ops and what is fused with them, against the CPU
 sanitize  the same for some of the cases under compute-sanitizer, memcheck and racecheck
+profile   time of each kernel in a prompt of 512 tokens and in decode, by Nsight Compute, launched one by one: where the time goes
 bench     rounds over all files in random order; llama-bench for tg128, pp512 and pp2048, llama-batched-bench for decode of 2 to 32
           sequences. A file's ratio is its speed over that of stock files whose times are weighted by the share of expert selections that
           each type serves (counted by the patched llama.cpp). Medians over the rounds.
-Everything measured goes to OUT/bench_cuda.json, the table to the terminal and OUT/bench_cuda.md.
+Everything measured goes to OUT/bench_cuda.json, the tables to the terminal, OUT/bench_cuda.md and OUT/profile.md.
 """
 
 import argparse
+import csv
 import json
 import os
 import random
@@ -29,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -53,7 +57,7 @@ from rq_gguf.format import (
     tier_name,
 )
 
-STEPS = ("build", "files", "ops", "sanitize", "bench")
+STEPS = ("build", "files", "ops", "sanitize", "profile", "bench")
 PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-perplexity", "test-backend-ops")
 SEQUENCES = (2, 4, 8, 32)
 COPIES = (0, 4, 16)
@@ -62,8 +66,11 @@ OPS = "EXPERT_REMAP,EXPERT_REMAP_FUSION,MUL_MAT_TIERS,MUL_MAT_TIERS_FUSION"
 STOCK_OPS = "TOPK_MOE,MUL_MAT_ID,MUL_MAT_ID_FUSION"
 SANITIZED = 12
 """Every so manieth case goes through compute-sanitizer."""
-BLOCKS = {"Q8_0": (34, [(0, 2e-4)]), "Q6_K": (210, [(208, 2e-5)]), "Q4_K": (144, [(0, 5e-4), (2, 4e-3)]), "Q3_K": (110, [(108, 5e-4)])}
-"""Type -> (bytes of a block, [(offset of an F16 scale, its value)]): random blocks with these are finite weights."""
+SCALES = {
+    "Q8_0": [(0, 2e-4)], "Q6_K": [(208, 2e-5)], "Q5_K": [(0, 3e-4), (2, 4e-3)], "Q4_K": [(0, 5e-4), (2, 4e-3)], "Q3_K": [(108, 5e-4)],
+    "Q2_K": [(80, 2e-3), (82, 2e-3)], "IQ4_XS": [(0, 1e-5)], "IQ3_S": [(0, 1e-4)], "IQ3_XXS": [(0, 1e-4)],
+}  # fmt: skip
+"""Type, from many bits to few -> [(offset of an F16 scale in a block, its value)]: random blocks with these are finite weights."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,10 @@ class Variant:
     types: tuple[str, ...]
     copies: int = 0
     tiered: bool = True
+    down: tuple[str, ...] = ()
+    """Of the down matrices, where not the same."""
+    rival: str = ""
+    """Type of the stock file to compare with; where empty, those of its own types, weighted."""
 
     @property
     def build(self) -> str:
@@ -108,6 +119,23 @@ def variants() -> list[Variant]:
     stock = [Variant(f"stock {t}", (t,), tiered=False) for t in LADDER]
     mixes = {"one type Q8_0": ("Q8_0",), "one type Q4_K": ("Q4_K",), "half Q8_0, half Q4_K": ("Q8_0", "Q4_K"), "ladder of four": LADDER}
     return stock + [Variant(name, types, copies) for name, types in mixes.items() for copies in COPIES]
+
+
+def plan_variant(text: str, shape: Shape) -> Variant:
+    """text: PLAN.json=TYPE. The experts are dealt to the types as the plan's selections are, all layers together; at most four types."""
+    path, _, rival = text.rpartition("=")
+    experts = [e for layer in json.loads(Path(path).read_text())["layers"] for e in layer["experts"]]
+    groups = []
+    for group in ("gate_up", "down"):
+        served: dict[str, float] = {}
+        for e in experts:
+            kind = str(e[group]).upper()
+            served[kind] = served.get(kind, 0.0) + e["share"]
+        most = sorted(served, key=lambda kind: -served[kind])[:4]
+        bounds = np.cumsum([served[kind] for kind in most])
+        dealt = [most[int(np.searchsorted(bounds, (i + 0.5) / shape.n_expert * bounds[-1]))] for i in range(shape.n_expert)]
+        groups.append(tuple(np.random.default_rng(0).permutation(dealt).tolist()))
+    return Variant(f"plan as good as {rival.upper()}", groups[0], down=groups[1], rival=rival.upper())
 
 
 def run(command: Sequence[str | Path], log: Path, *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
@@ -186,19 +214,23 @@ def random_blocks(rng: np.random.Generator, type_name: str, shape: tuple[int, ..
     """Weights of a type as rows of bytes, and the type."""
     qtype = gguf.GGMLQuantizationType[type_name]
     block, size = gguf.GGML_QUANT_SIZES[qtype]
-    _, scales = BLOCKS[type_name]
     rows = (*shape[:-1], shape[-1] // block * size)
     n_bytes = int(np.prod(rows))
     tile = rng.integers(0, 256, (min(n_bytes // size, 100_000), size), dtype=np.uint8)
-    for offset, value in scales:
+    for offset, value in SCALES[type_name]:
         tile[:, offset : offset + 2] = np.array([value], np.float16).view(np.uint8)
     return np.resize(tile.reshape(-1), n_bytes).reshape(rows), qtype
 
 
-def expert_types(v: Variant, shape: Shape) -> tuple[tuple[str, ...], ...]:
-    """[n_expert][instances], the copies spread over the experts; a copy has its primary's type."""
+def layouts(v: Variant, shape: Shape) -> tuple[GroupLayout, GroupLayout]:
+    """Of gate+up and of down: the types dealt to the experts in turns, the copies spread over them; a copy has its primary's type."""
     copied = {i * shape.n_expert // v.copies for i in range(v.copies)} if v.copies else set()
-    return tuple((v.types[e % len(v.types)],) * (2 if e in copied else 1) for e in range(shape.n_expert))
+
+    def layout(types: tuple[str, ...]) -> GroupLayout:
+        instances = tuple((types[e % len(types)],) * (2 if e in copied else 1) for e in range(shape.n_expert))
+        return layout_group(instances, tuple(kind for kind in SCALES if kind in types))
+
+    return layout(v.types), layout(v.down or v.types)
 
 
 def write_file(v: Variant, shape: Shape, path: Path) -> None:
@@ -225,8 +257,7 @@ def write_file(v: Variant, shape: Shape, path: Path) -> None:
         data, qtype = random_blocks(rng, type_name, dims)
         w.add_tensor(name, data, raw_dtype=qtype)
 
-    types = expert_types(v, shape)
-    layout: GroupLayout = layout_group(types, v.types)
+    gate_up, down = layouts(v, shape)
     quantized("token_embd.weight", (shape.n_vocab, shape.n_embd), "Q8_0")
     quantized("output.weight", (shape.n_vocab, shape.n_embd), "Q8_0")
     w.add_tensor("output_norm.weight", np.ones(shape.n_embd, np.float32))
@@ -243,10 +274,10 @@ def write_file(v: Variant, shape: Shape, path: Path) -> None:
             if not v.tiered:
                 quantized(f"blk.{i}.ffn_{matrix}_exps.weight", (shape.n_expert, *dims), v.types[0])
                 continue
-            for t, tier in enumerate(layout.tiers):
+            for t, tier in enumerate((down if matrix == "down" else gate_up).tiers):
                 quantized(tier_name(i, matrix, t), (len(tier.instances), *dims), tier.type)
-        if v.tiered and (v.copies or len(layout.tiers) > 1):
-            w.add_tensor(map_name(i), build_map((layout, layout), shape.n_expert))
+        if v.tiered and (v.copies or max(len(gate_up.tiers), len(down.tiers)) > 1):
+            w.add_tensor(map_name(i), build_map((gate_up, down), shape.n_expert))
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -297,6 +328,44 @@ def sanitize(work: Path, out: Path) -> str:
 
 
 #
+# profile
+#
+
+
+def kernel_times(csv_text: str) -> dict[str, list[float]]:
+    """Microseconds of each launch by kernel, from what `ncu --csv` prints of gpu__time_duration.sum."""
+    rows = list(csv.reader(line for line in csv_text.splitlines() if line.startswith('"')))
+    name, value, unit = (rows[0].index(column) for column in ("Kernel Name", "Metric Value", "Metric Unit"))
+    factor = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3}
+    times: dict[str, list[float]] = {}
+    for row in rows[1:]:
+        kernel = row[name].replace("void ", "").split("(")[0]
+        times.setdefault(kernel, []).append(float(row[value].replace(",", "")) * factor[row[unit]])
+    return times
+
+
+def profile(work: Path, out: Path, wanted: Sequence[Variant]) -> str:
+    """For one stock file, and for one tiered file of each mix: the kernels that take the most time, per layer and evaluation."""
+    program, lines = work / "bin-patched/llama-bench", []
+    for v in wanted:
+        if v.tiered and v.copies != COPIES[1] and not v.rival:
+            continue
+        for test, options, evaluations in (("pp512", ["-p", "512", "-n", "0"], 1), ("tg", ["-p", "0", "-n", "4"], 4)):
+            ncu = ["ncu", "--clock-control", "none", "--cache-control", "none", "--metrics", "gpu__time_duration.sum", "--csv"]
+            command: list[str | Path] = [*ncu, program, "-m", file_of(v, work), "-ngl", "99", "-r", "1", "--no-warmup", *options]
+            printed = run(command, out / "profile.log", env={"GGML_CUDA_DISABLE_GRAPHS": "1"})
+            times = kernel_times(printed)
+            total = sum(map(sum, times.values())) / evaluations
+            launches = sum(map(len, times.values())) / evaluations
+            lines.append(f"\n{key(v)}, {test}: {total:.0f} us in {launches:.0f} kernels\n")
+            lines += ["| us | launches | us each | kernel |", "|---:|---:|---:|:---|"]
+            for kernel, each in sorted(times.items(), key=lambda item: -sum(item[1]))[:16]:
+                row = (f"{sum(each) / evaluations:.1f}", f"{len(each) / evaluations:.1f}", f"{statistics.mean(each):.2f}", kernel[:100])
+                lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+#
 # speed
 #
 
@@ -332,7 +401,9 @@ def bench_once(v: Variant, build_name: str, work: Path, out: Path, repetitions: 
 
 
 def expected(v: Variant, test: str, results: Mapping[str, Measured]) -> float:
-    """Speed that stock files give, their times weighted by the shares."""
+    """Speed that stock files give, their times weighted by the shares, or the rival's."""
+    if v.rival:
+        return statistics.median(results[f"stock {v.rival}"].samples[test])
     return 1 / sum(share / statistics.median(results[f"stock {t}"].samples[test]) for t, share in results[key(v)].shares.items())
 
 
@@ -357,13 +428,17 @@ def table(wanted: Sequence[Variant], results: Mapping[str, Measured]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def bench(shape: Shape, work: Path, out: Path, wanted: Sequence[Variant], rounds: int, repetitions: int) -> str:
+def bench(shape: Shape, work: Path, out: Path, wanted: Sequence[Variant], rounds: int, repetitions: int, seconds: float) -> str:
     jobs = [(v, v.build, key(v)) for v in wanted] + [(v, "patched", f"{v.name}, patched build") for v in wanted if not v.tiered]
     results = {name: Measured() for _, _, name in jobs}
     for v in wanted:
         if v.tiered:
-            results[key(v)].shares = shares(v, work, out) if len(v.types) > 1 else {v.types[0]: 1.0}
-    for _ in range(rounds):
+            results[key(v)].shares = shares(v, work, out) if len(v.types) > 1 and not v.rival else {v.types[0]: 1.0}
+    start = time.monotonic()
+    for done in range(rounds):
+        if done and (time.monotonic() - start) * (done + 1) / done > seconds:
+            print(f"{done} rounds", file=sys.stderr)
+            break
         random.shuffle(jobs)
         for v, build_name, name in jobs:
             for test, speed in bench_once(v, build_name, work, out, repetitions).items():
@@ -385,9 +460,11 @@ def main() -> None:
     p.add_argument("--pure-stock", action="store_true")
     p.add_argument("--shape", choices=SHAPES, default="olmoe")
     p.add_argument("--layers", type=int)
+    p.add_argument("--plan", action="append", default=[], metavar="PLAN.json=TYPE", help="also a file with a plan's types; may be repeated")
     p.add_argument("--only", help="starts of the names of tiered files to measure, separated by |, with the stock files that they need")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--repetitions", type=int, default=3)
+    p.add_argument("--seconds", type=float, default=float("inf"), help="fewer rounds, so that they take no longer")
     args = p.parse_args()
 
     out = args.out or args.work
@@ -397,9 +474,12 @@ def main() -> None:
     if args.layers:
         shape = Shape(**{**asdict(shape), "n_layer": args.layers})
     wanted = variants()
+    for v in (plan_variant(text, shape) for text in args.plan):
+        rival = Variant(f"stock {v.rival}", (v.rival,), tiered=False)
+        wanted = [*([] if rival in wanted else [rival]), *wanted, v]
     if args.only:
         kept = [v for v in wanted if v.tiered and key(v).startswith(tuple(args.only.split("|")))]
-        wanted = [v for v in wanted if not v.tiered and any(v.types[0] in k.types for k in kept)] + kept
+        wanted = [v for v in wanted if not v.tiered and any(v.types[0] in (k.rival or k.types) for k in kept)] + kept
 
     steps = args.steps.split(",")
     if "build" in steps:
@@ -410,8 +490,12 @@ def main() -> None:
         print(check_ops(args.work, out), flush=True)
     if "sanitize" in steps:
         print(sanitize(args.work, out), flush=True)
+    if "profile" in steps:
+        text = profile(args.work, out, wanted)
+        (out / "profile.md").write_text(text + "\n")
+        print(text, flush=True)
     if "bench" in steps:
-        text = bench(shape, args.work, out, wanted, args.rounds, args.repetitions)
+        text = bench(shape, args.work, out, wanted, args.rounds, args.repetitions, args.seconds)
         (out / "bench_cuda.md").write_text(text + "\n")
         print(text)
 
