@@ -4,9 +4,11 @@
 
 MODEL: a Hugging Face directory. Stock files: the routed experts in one type beside Q8_0 for the rest, and llama-quantize's own mixtures
 Q4_K_M and Q3_K_M, all with llama-imatrix's imatrix of the whole calibration text. Ours: `rq-gguf build --budget like:STOCK.gguf` (at Q2_K
-its bytes plus 10 %), without copies, from one calibration on the same text, and more plans with copies and with fewer types or tiers, to
-see how predictions hold. Each file is compared with the unquantized model by llama-perplexity on the held-out texts, mixed. Everything is
-kept in DIR, and what is there is not made again. The table goes to stdout, all figures to DIR/results.json.
+its bytes plus 10 %), all other tensors in Q8_0, beside a mixture also in the types that it gives them (`--other`); without copies, from one
+calibration on the same text. Then more plans with copies and with fewer types or tiers, to see how predictions hold. Each file is compared
+with the unquantized model by llama-perplexity on the held-out texts, mixed. Everything is kept in DIR, and what is there is not made again.
+The table goes to stdout, all figures to DIR/results.json; `--plot FILE.svg` draws predicted against measured KL divergence of all plans
+that DIR has (needs matplotlib).
 """
 
 import argparse
@@ -17,9 +19,11 @@ from typing import Any
 import numpy as np
 
 from rq_gguf.build import build, check_choices
+from rq_gguf.defaults import OTHER
 from rq_gguf.evaluation.quality import N_CTX, compare, save_logits
 from rq_gguf.evaluation.text import mix, read_text
 from rq_gguf.runtime.tools import run_tool
+from rq_gguf.writing.others import parse_others
 
 ONE_TYPE = ("q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k")
 MIXTURES = ("Q4_K_M", "Q3_K_M")
@@ -73,13 +77,16 @@ class Bench:
             run_tool(["llama-quantize", "--imatrix", self.folder / "imatrix.gguf", *one, self.base, file, "Q8_0" if one else kind])
         return self.results.get(f"stock {kind}") or self.measure(f"stock {kind}", file)
 
-    def ours(self, name: str, budget: str, replicas: str = "0", types: str | None = None, tiers: str | None = None) -> dict[str, Any]:
-        """A plan's file; removed once measured."""
+    def ours(
+        self, name: str, budget: str, replicas: str = "0", types: str | None = None, tiers: str | None = None, other: str = OTHER
+    ) -> dict[str, Any]:
+        """A plan's file; overwritten by the next."""
         if name in self.results:
             return dict(self.results[name])
         out = self.folder / "plan.gguf"
         choices = check_choices(budget, types, replicas, "budget", tiers)
-        report = build(str(self.base), out, choices, calibration=self.calibration, force=True, say=lambda line: None)
+        others = parse_others(other)
+        report = build(str(self.base), out, choices, calibration=self.calibration, others=others, force=True, say=lambda line: None)
         s = report.plan.summary
         figures = {"predicted": s["predicted_kld"], "copies": s["copies"], "types": s["instances_by_type"], "budget": budget}
         return self.measure(name, out, **figures)
@@ -87,6 +94,29 @@ class Bench:
 
 def ranks(values: list[float]) -> np.ndarray:
     return np.argsort(np.argsort(values)).astype(float)
+
+
+def plot(results: dict[str, Any], file: Path) -> None:
+    """Predicted against measured, and the line on which the rest of a file costs what the stock Q8_0 file's tensors cost."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.fonttype"] = "none"
+
+    plans = {name: r for name, r in results.items() if name.startswith("ours") and "others alike" not in name}
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="predicted for the experts, nats", ylabel="measured, nats")
+    for label, copies, marker in (("no copies", False, "o"), ("with copies", True, "^")):
+        some = [r for r in plans.values() if bool(r["copies"]) == copies]
+        axes.errorbar(
+            [r["predicted"] for r in some], [r["kld"] for r in some], [r["kld_error"] for r in some], fmt=marker, markersize=5, label=label
+        )
+    rest = results["stock q8_0"]["kld"]
+    at = np.geomspace(min(r["predicted"] for r in plans.values()), max(r["predicted"] for r in plans.values()))
+    axes.plot(at, at + rest, "k:", linewidth=1, label=f"predicted + {rest:.5f} (all in Q8_0)")
+    axes.legend()
+    axes.set_title(f"KL divergence of {len(plans)} plans, held-out text", fontsize=10)
+    figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:
@@ -98,6 +128,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=240)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="only the plans at the stock files' bytes")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     bench = Bench(parser.parse_args())
     bench.prepare()
     print(f"{bench.args.model.name}, {bench.args.chunks} chunks of {N_CTX} held-out tokens\n")
@@ -107,20 +138,24 @@ def main() -> None:
         stock = bench.stock(kind)
         if kind == "q8_0":
             continue  # nothing is more precise
-        size = int(stock["bytes"] * (1.1 if kind == "q2_k" else 1))
-        ours = bench.ours(f"ours at {kind}", str(size))
-        label = f"{kind} + 10 %" if kind == "q2_k" else kind
-        print(
-            f"| {label} | {stock['bytes']:,} | {ours['bytes']:,} | {stock['kld']:.5f} ± {stock['kld_error']:.5f} | {ours['kld']:.5f} | "
-            f"{ours['kld'] / stock['kld']:.3f} | {stock['kld_999']:.3f} → {ours['kld_999']:.3f} | {stock['same_top']:.2f} → "
-            f"{ours['same_top']:.2f} | {ours['predicted']:.5f} |",
-            flush=True,
-        )
+        size = str(int(stock["bytes"] * (1.1 if kind == "q2_k" else 1)))
+        rows = {f"{kind} + 10 %" if kind == "q2_k" else kind: bench.ours(f"ours at {kind}", size)}
+        if kind in MIXTURES:
+            rows[f"{kind}, others alike"] = bench.ours(f"ours at {kind}, others alike", size, other=kind)
+        for label, ours in rows.items():
+            print(
+                f"| {label} | {stock['bytes']:,} | {ours['bytes']:,} | {stock['kld']:.5f} ± {stock['kld_error']:.5f} | {ours['kld']:.5f} | "
+                f"{ours['kld'] / stock['kld']:.3f} | {stock['kld_999']:.3f} → {ours['kld_999']:.3f} | {stock['same_top']:.2f} → "
+                f"{ours['same_top']:.2f} | {ours['predicted']:.5f} |",
+                flush=True,
+            )
     if bench.args.quick:
+        if bench.args.plot:
+            plot(bench.results, bench.args.plot)
         return
     for budget, replicas, types, tiers in FURTHER:
         bench.ours(f"ours {budget}, {replicas} copies, {types or 'ladder'}, {tiers or 'default'} tiers", budget, replicas, types, tiers)
-    plans = {name: r for name, r in bench.results.items() if name.startswith("ours")}
+    plans = {name: r for name, r in bench.results.items() if name.startswith("ours") and "others alike" not in name}
     predicted, measured = ([r[key] for r in plans.values()] for key in ("predicted", "kld"))
     print("\n| plan | bytes | copies | predicted, experts | measured |\n|:---|---:|---:|---:|---:|")
     for name, r in plans.items():
@@ -129,6 +164,8 @@ def main() -> None:
     print(
         f"\n{len(plans)} plans: rank correlation of predicted and measured KLD {rank:.3f}; stock Q8_0 has {bench.stock('q8_0')['kld']:.5f}"
     )
+    if bench.args.plot:
+        plot(bench.results, bench.args.plot)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "metal": ("-DGGML_METAL=ON",),
 }
 """CMake flags by backend."""
-BACKENDS_WITH_KERNELS = ("cpu", "cuda")
+BACKENDS_WITH_KERNELS = ("cpu", "cuda", "metal")
 """Backends for which the patch series has kernels of its own."""
 
 TARGETS = (
