@@ -33,6 +33,7 @@ from rq_gguf.runtime.tools import library_path, tool_path
 from rq_gguf.target import OTHER_KLD, Attempt, approach
 from rq_gguf.types import LADDER, PAPER_TYPES, bits_per_weight, fallback_note, parse_types, rank
 from rq_gguf.writing.convert import convert_base
+from rq_gguf.writing.dialect import check_convertible
 from rq_gguf.writing.others import Others, fixed_bytes, stored_types
 from rq_gguf.writing.source import Source
 from rq_gguf.writing.write import WriteReport, check_calibration, write_model
@@ -85,6 +86,19 @@ def check_choices(
         parse_balance_weight(balance_weight, policy, copies),
         None if target_kld is None else parse_target_kld(target_kld),
     )
+
+
+def parse_memory(text: str | None) -> int | None:
+    """Bytes of a user's `--max-memory`, None where there is none. Raises UserError for what is no size."""
+    if text is None:
+        return None
+    try:
+        size = parse_budget(text)
+    except UserError:
+        size = None
+    if size is None or size.kind != "size":
+        raise UserError(f"--max-memory {text} is not understood; give a size such as 4GB or 900MiB")
+    return int(size.value)
 
 
 def measure_like(budget: str) -> str:
@@ -158,6 +172,8 @@ def build(
     verify: Path | None = None,
     dry_run: bool = False,
     force: bool = False,
+    max_memory: int | None = None,
+    allow_pickle: bool = False,
     say: Callable[[str], None],
 ) -> BuildReport:
     """Model in, tiered GGUF out: convert, calibrate, plan, write, skipping what an earlier run with the same inputs has done.
@@ -166,7 +182,8 @@ def build(
     calibration: a text, or a file of `calibrate` or llama-imatrix. imatrix: the same, but no text.
     plan: a plan.json to use instead of planning. others: types of what is no routed expert. verify: the text that a target is measured
     on; without it a fifth of the calibration text is held out for that.
-    say: gets a line per step. Raises UserError; nothing half-made lies under a final name then.
+    max_memory: bytes that calibrating may take. allow_pickle: convert .bin weights too. say: gets a line per step.
+    Raises UserError; nothing half-made lies under a final name then.
     """
     start = time.perf_counter()
     others = others or Others()
@@ -189,10 +206,14 @@ def build(
     if aimed:
         text, held_out = (text, read_text(verify)) if verify is not None else hold_out(text or "")
     library, _ = library_path("ggml-base"), tool_path("llama-quantize")
+    directory = None if source_file is not None else model_directory(model)
+    if directory is not None:
+        from rq_gguf.calibration.checkpoint import read_config
+
+        check_convertible(read_config(directory), str(directory))
     job = Job(out, force=force, say=say)
     with job.locked():
         ggml = Ggml(library)
-        directory = None if source_file is not None else model_directory(model)
         _check_space(job, directory or source_file, choices, convert=directory is not None)
         if directory is not None and finished is None and not (job.directory / "calibration.gguf").exists():
             _check_family(directory)  # importing torch takes seconds: not for what was calibrated before
@@ -205,7 +226,7 @@ def build(
             base_key = key(input_key(directory))
             if needs_base:
                 base = job.directory / "base.gguf"
-                job.step("convert", base, base_key, lambda: convert_base(directory, job.directory / "base.gguf"))
+                job.step("convert", base, base_key, lambda: convert_base(directory, job.directory / "base.gguf", allow_pickle=allow_pickle))
 
         known = _read_finished(finished, base) if finished is not None else None
         choices, other_bytes = _prepare(choices, known, base, others, plan)
@@ -218,7 +239,7 @@ def build(
                 _measure_once(job, path, _model_name(model), base, [base_key, file_hash(finished)], known, choices.types, ggml)
             else:
                 assert directory is not None and text is not None
-                _calibrate_once(job, path, _model_name(model), directory, base_key, text, choices.types, ggml)
+                _calibrate_once(job, path, _model_name(model), directory, base_key, text, choices.types, ggml, max_memory)
             measured = _read_finished(path, base)
         if not measured.load_known and plan is None:
             choices = _without_copies(choices, finished or path)
@@ -250,8 +271,10 @@ def build(
     return BuildReport(planned, out, job.directory, reports[0] if reports else None, file_bytes, seconds, remarks)
 
 
-def calibrate_model(model: str, out: Path, *, text: Path | None, tokens: int, device: str, types: str | None) -> Calibration:
-    """`rq-gguf calibrate`: measure a Hugging Face model on a text and write the calibration file. Raises UserError."""
+def calibrate_model(
+    model: str, out: Path, *, text: Path | None, tokens: int, device: str, types: str | None, max_memory: int | None = None
+) -> Calibration:
+    """`rq-gguf calibrate`: measure a Hugging Face model on a text and write the calibration file. max_memory: bytes. Raises UserError."""
     names = parse_types(types) if types else LADDER
     content = read_text(text)
     if _gguf(model) is not None:
@@ -264,7 +287,9 @@ def calibrate_model(model: str, out: Path, *, text: Path | None, tokens: int, de
     directory = model_directory(model)
     from rq_gguf.calibration.run import calibrate
 
-    result = replace(calibrate(directory, content, tokens=tokens, device=device, types=names, ggml=ggml), model=_model_name(model))
+    work = out.absolute().parent
+    made = calibrate(directory, content, tokens=tokens, device=device, types=names, ggml=ggml, work=work, max_memory=max_memory)
+    result = replace(made, model=_model_name(model))
     write_calibration(out, result)
     return result
 
@@ -429,13 +454,16 @@ def _weights(source: Source, ggml: Ggml) -> Callable[[int, str, int], NDArray[np
     return weights
 
 
-def _calibrate_once(job: Job, path: Path, name: str, directory: Path, base_key: str, text: str, types: tuple[str, ...], ggml: Ggml) -> None:
+def _calibrate_once(
+    job: Job, path: Path, name: str, directory: Path, base_key: str, text: str, types: tuple[str, ...], ggml: Ggml, max_memory: int | None
+) -> None:
     """Calibrate a Hugging Face model on a text, unless an earlier run did."""
 
     def make(types: tuple[str, ...]) -> None:
         from rq_gguf.calibration.run import calibrate
 
-        write_calibration(path, replace(calibrate(directory, text, tokens=TOKENS, types=types, ggml=ggml), model=name))
+        made = calibrate(directory, text, tokens=TOKENS, types=types, ggml=ggml, work=job.directory, max_memory=max_memory)
+        write_calibration(path, replace(made, model=name))
 
     _step_for_types(job, path, [base_key, hashlib.sha256(text.encode()).hexdigest(), TOKENS], types, make)
 

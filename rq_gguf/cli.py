@@ -1,6 +1,5 @@
 """The commands: parse, call one function per step, print. Rooms are imported inside the commands, so that --help is quick."""
 
-import errno
 import json
 import logging
 import os
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from rq_gguf import __version__, defaults
+from rq_gguf.atomic import FULL
 from rq_gguf.errors import UserError
 from rq_gguf.types import LADDER, PAPER_TYPES
 
@@ -48,8 +48,10 @@ class Commands(click.Group):
 def _failure(e: Exception) -> click.ClickException:
     if isinstance(e, UserError):
         return Failure(str(e))
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(e, OSError) and e.errno in FULL:
         return Failure(f"the disk is full{f' ({e.filename})' if e.filename else ''}; free some space and run the command again")
+    if isinstance(e, FileNotFoundError) and "temporary directory" in str(e):  # tempfile's own words
+        return Failure("no temporary file can be written: the disk is full, or TMPDIR names no directory that can be written")
     if isinstance(e, OSError) and e.filename:
         return Failure(f"{e.filename}: {e.strerror}")
     if isinstance(e, MemoryError):
@@ -86,6 +88,10 @@ _JSON = click.option(
 
 _TARGET = click.option("--target-kld", metavar="NATS", help="Instead of a budget: the smallest file whose mean KL divergence from the "
                        "model, predicted and then measured, is at most this.")  # fmt: skip
+
+
+_MEMORY = click.option("--max-memory", metavar="SIZE", help="Memory that calibrating may take (4GB): hidden states go to disk, "
+                       "fewer sequences pass at a time; a layer too large is refused.  [default: one layer, and a little]")  # fmt: skip
 
 
 def _plan_options(command: _Function) -> _Function:
@@ -153,6 +159,8 @@ def _say(line: str) -> None:
     metavar="TEXT",
     help="With --target-kld: the text to measure on; if not given, a fifth of the calibration text is held out for it.",
 )
+@_MEMORY
+@click.option("--allow-pickle", is_flag=True, help="Convert weights in .bin files too, which can run code when they are read.")
 @click.option("--dry-run", is_flag=True, help="Stop after the plan and print what to expect.")
 @_JSON
 @click.option("--force", is_flag=True, help="Redo every step, and replace OUT whatever it is.")
@@ -174,6 +182,8 @@ def build(
     plan: Path | None,
     target_kld: str | None,
     verify: Path | None,
+    max_memory: str | None,
+    allow_pickle: bool,
     dry_run: bool,
     json_file: Path | None,
     force: bool,
@@ -203,6 +213,8 @@ def build(
         verify=verify,
         dry_run=dry_run,
         force=force,
+        max_memory=steps.parse_memory(max_memory),
+        allow_pickle=allow_pickle,
         say=_say,
     )
     lines, command = verdict.build_lines(report, dry_run), None
@@ -235,14 +247,15 @@ def _refuse_beside_plan(ctx: click.Context) -> None:
 @click.option("--tokens", type=click.IntRange(min=1), default=defaults.TOKENS, show_default=True, metavar="N", help="Tokens of it to use.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
 @click.option("--types", default=",".join(LADDER), show_default=True, metavar="LIST", help="ggml types to measure.")
-def calibrate(model: str, out: Path, text: Path | None, tokens: int, device: str, types: str) -> None:
+@_MEMORY
+def calibrate(model: str, out: Path, text: Path | None, tokens: int, device: str, types: str, max_memory: str | None) -> None:
     """Measure MODEL's experts: how busy they are, and what each type does to them.
 
     The file is also an imatrix for llama-quantize.
     """
-    from rq_gguf.build import calibrate_model
+    from rq_gguf.build import calibrate_model, parse_memory
 
-    c = calibrate_model(model, out, text=text, tokens=tokens, device=device, types=types)
+    c = calibrate_model(model, out, text=text, tokens=tokens, device=device, types=types, max_memory=parse_memory(max_memory))
     click.echo(f"{out}: {len(c.layers)} layers of {c.layers[0].n_expert} experts on {c.n_tokens} tokens, types {', '.join(c.types)}")
 
 
@@ -291,6 +304,41 @@ def inspect(file: Path, as_json: bool) -> None:
 
     found = room.inspect(file)
     click.echo(json.dumps(room.to_json(found), indent=2) if as_json else room.describe(found))
+
+
+@main.command()
+@click.argument("source", type=_INPUT, metavar="CALIBRATION_OR_GGUF")
+@click.option("-o", "--output", "out", type=_path(dir_okay=False), required=True, metavar="FILE.html", help="The page to write.")
+@click.option("--calibration", type=_INPUT, metavar="FILE", help="What a GGUF was built with; found by itself where build left it.")
+@click.option("--budget", metavar="TYPE|BPW", help=f"For a calibration: what to plan for.  [default: {defaults.BUDGET}]")
+@click.option("--plan", type=_INPUT, metavar="FILE", help="For a calibration: show this plan.json instead.")
+@click.option("--vram", metavar="SIZE", help="Memory that a GPU has left for experts (6GB): what share of the selections it catches.")
+@click.option("--figures", type=_path(file_okay=False), metavar="DIR", help="Write each figure as SVG, and as PNG with matplotlib.")
+@_JSON
+def report(
+    source: Path,
+    out: Path,
+    calibration: Path | None,
+    budget: str | None,
+    plan: Path | None,
+    vram: str | None,
+    figures: Path | None,
+    json_file: Path | None,
+) -> None:
+    """A page about a model's experts: load, balance, types, error, and whether copies are worth their bytes.
+
+    Takes a calibration (and plans for it), or a GGUF that build wrote.
+    """
+    from rq_gguf.report import make
+    from rq_gguf.report.data import to_json
+    from rq_gguf.report.words import verdict
+
+    make.check_output(out, source, calibration, plan)
+    found = make.make_report(source, make.Options(budget, plan, calibration, vram))
+    make.write_page(found, out)
+    written = [] if figures is None else make.write_figures(found, figures)
+    lines = [f"{v.heading}. {v.sentences[0]}" for v in verdict(found)] + [f"report    {out}"]
+    _emit(lines + ([f"figures   {len(written)} files in {figures}"] if written else []), json_file, to_json(found))
 
 
 @main.command("eval")

@@ -224,7 +224,7 @@ def _parse(path: Path, data: mmap.mmap, file: int) -> Header:
 
     alignment = values["general.alignment"].decode() if "general.alignment" in values else GGUF_DEFAULT_ALIGNMENT
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-        raise UserError(f"{path} is damaged: general.alignment is {alignment}, no power of two of 8 or more")
+        raise UserError(f"{path} is damaged: general.alignment is {str(alignment)!r}, no power of two of 8 or more")
 
     entries: list[tuple[str, str, tuple[int, ...], int]] = []
     for _ in range(n_tensors):
@@ -234,6 +234,8 @@ def _parse(path: Path, data: mmap.mmap, file: int) -> Header:
             raise UserError(f"{path} is damaged: tensor {name} has {n_dims} dimensions")
         *ne, kind, offset = struct.unpack_from(f"<{n_dims}QIQ", data, at + 4)
         at += 4 + 8 * n_dims + 12
+        if 0 in ne:  # empty rows would let a file of no size claim any number of experts
+            raise UserError(f"{path} is damaged: tensor {name} has a size of 0")
         type_name = name_of(kind)
         if type_name is None:
             raise UserError(f"{path}: tensor {name} has ggml type {kind}, which this rq-gguf does not know; get a newer one")

@@ -133,8 +133,11 @@ class Job:
 
     def _save(self, steps: dict[str, Any]) -> None:
         temporary = self._record.with_name(".job.json.partial")
-        temporary.write_text(json.dumps({"tool_version": rq_gguf.__version__, "steps": steps}, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, self._record)
+        try:
+            temporary.write_text(json.dumps({"tool_version": rq_gguf.__version__, "steps": steps}, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, self._record)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _reason(e: OSError) -> str:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 
 from rq_gguf.calibration.families import moe_blocks
-from rq_gguf.calibration.run import batches, cut, load, pick_device, tokenize
+from rq_gguf.calibration.run import batches, cut, pick_device, tokenize
 from rq_gguf.calibration.wanda import wanda_importance
 from rq_gguf.evaluation.text import mix, read_text
 from rq_gguf.planning.load import copy_order, lis, place_copies, split_load
@@ -32,7 +33,8 @@ class Routing:
 
     def __init__(self, directory: Path, device: str) -> None:
         self.directory, self.device = directory, pick_device(device)
-        self.model = load(directory, self.device)
+        dtype = torch.float32 if self.device.type == "cpu" else "auto"
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(self.device).eval()
         self.blocks = list(moe_blocks(self.model.model.layers, self.model.config))
 
     def of(self, sequences: list[NDArray[np.int64]], *, sums: bool = False) -> tuple[dict[int, NDArray[np.int64]], dict[int, torch.Tensor]]:

@@ -49,8 +49,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def check_weights(directory: Path) -> None:
-    """Check that every safetensors file of the checkpoint is there and whole. Raises UserError naming the file at fault."""
+def check_weights(directory: Path) -> dict[str, Path]:
+    """Tensor -> its safetensors file, each of which is there and whole. Raises UserError naming the file at fault."""
+    found: dict[str, Path] = {}
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.is_file():
         try:
@@ -65,12 +66,14 @@ def check_weights(directory: Path) -> None:
             missing = [t for t in tensors if t not in held]
             if missing:
                 raise UserError(f"{directory / file} lacks tensor {missing[0]}, which {index.name} says it holds; download it again")
+            found |= dict.fromkeys(tensors, directory / file)
     elif single.is_file():
-        _tensors(single)
+        found = dict.fromkeys(_tensors(single), single)
     elif any(directory.glob("*.bin")):
-        raise UserError(f"{directory} holds weights as .bin files; save the model as safetensors first")
+        raise UserError(f"{directory} holds weights as .bin files, Python pickles that can run code; save the model as safetensors first")
     else:
         raise UserError(f"{directory} has no weights (model.safetensors or model.safetensors.index.json)")
+    return found
 
 
 def _tensors(path: Path) -> set[str]:

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader
 from numpy.typing import NDArray
 
 from rq_gguf.errors import UserError
+from rq_gguf.gguf_file import Tensor, read_header
 
 SUMS, COUNTS = ".in_sum2", ".counts"
+LARGE = ".rq.input_correlation"  # tensors of such a name are read when somebody asks for them
+_DTYPES = {"f32": "<f4", "f16": "<f2", "f64": "<f8", "i8": "<i1", "i16": "<i2", "i32": "<i4", "i64": "<i8"}
 EXPERT = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)_exps\.weight")
 
 
@@ -28,14 +30,31 @@ class Content:
         if head != b"GGUF":
             raise UserError(f"{path} is neither a calibration file nor an imatrix")
         try:
-            reader = GGUFReader(path)
-            self.keys: dict[str, Any] = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
-            self.tensors: dict[str, NDArray[Any]] = {t.name: np.array(t.data) for t in reader.tensors}
-        except Exception as e:  # the reader stumbles over damaged files in any way that numpy and Python have
+            header = read_header(path)
+        except UserError as e:
             raise UserError(f"{path} is damaged or truncated: it cannot be read as a GGUF") from e
+        self.keys: dict[str, Any] = {}
+        for name in header.values:
+            value = header.get(name)
+            self.keys[name] = value.tolist() if isinstance(value, np.ndarray) else value
+        self._infos = {name: t for name, t in header.tensors.items() if t.type in _DTYPES}
+        self.tensors: dict[str, NDArray[Any]] = {name: self.read(name) for name in self._infos if not name.endswith(LARGE)}
         kind = self.keys.get("general.type")
         if kind != "imatrix":
             raise UserError(f"{path} is a GGUF of type '{kind}', not a calibration or imatrix")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._infos
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A tensor in numpy's order of sizes, from the file. Raises UserError where the file has changed since."""
+        info: Tensor = self._infos[name]
+        dtype = np.dtype(_DTYPES[info.type])
+        try:
+            data = np.fromfile(self.path, dtype, info.n_bytes // dtype.itemsize, offset=info.offset)
+            return data.reshape(tuple(reversed(info.ne)))
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self.path} was changed or removed while it was used") from e
 
     def bad(self, why: str) -> UserError:
         return unusable(self.path, why)
@@ -67,7 +86,7 @@ def unusable(path: Path, why: str) -> UserError:
 
 def check_matrices(path: Path, layer: int, sums: dict[str, NDArray[np.float32]], n_embd: int, n_ff: int) -> None:
     """Raise UserError unless a block has one layout of matrices and they fit the model. sums: matrix -> [n_expert, columns]."""
-    if set(sums) not in ({"gate", "up", "down"}, {"gate_up", "down"}):
+    if set(sums) not in ({"gate", "up", "down"}, {"gate_up", "down"}, {"up", "down"}):
         raise unusable(path, f"block {layer} has sums for {', '.join(sorted(sums))}, expected gate, up, down or gate_up, down")
     n_expert = len(sums["down"])
     for matrix, s in sums.items():

@@ -1,5 +1,6 @@
 """What calibration knows about a model, as arrays. `file` stores it; planning and writing read it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,9 +28,10 @@ class LayerCalibration:
     gate-weighted, summed over all tokens that picked it, over the residual energy. Group order: format.GROUPS."""
     wanda: NDArray[np.float64]
     """[n_expert] the paper's importance score (see calibration.wanda)."""
-    moments: NDArray[np.float32] | None = None
-    """[n_embd, n_embd] mean product of each two inputs of the block, over all tokens, up to a common factor; None where unknown. Errors of
-    gate and up are then those of quantizing with feedback (see calibration.feedback), as the file must be written."""
+    moments: Callable[[], NDArray[np.float32]] | None = None
+    """Gives [n_embd, n_embd] mean products of each two inputs of the block, over all tokens, up to a common factor; they take megabytes a
+    layer, so they lie in a file until somebody asks. None where unknown. Errors of gate and up are then those of quantizing with feedback
+    (see calibration.feedback), as the file must be written."""
 
     @property
     def n_expert(self) -> int:

@@ -63,4 +63,4 @@ class Feedback:
 
 def layer_feedback(layer: LayerCalibration) -> Feedback | None:
     """The update for a layer's gate and up; None where the calibration has no moments of its inputs."""
-    return None if layer.moments is None else Feedback(layer.moments)
+    return None if layer.moments is None else Feedback(layer.moments())

@@ -9,6 +9,9 @@
 | the rest | keys `rq.calibration.*`, one per field of data.Calibration |
 """
 
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from gguf import GGUFWriter
 from numpy.typing import NDArray
 
 from rq_gguf.atomic import replacing
-from rq_gguf.calibration.content import COUNTS, EXPERT, SUMS, Content, check_matrices
+from rq_gguf.calibration.content import COUNTS, EXPERT, LARGE, SUMS, Content, check_matrices
 from rq_gguf.calibration.data import Calibration, LayerCalibration, Response
 from rq_gguf.calibration.imatrix_file import imatrix_of, is_dat, read_imatrix
 from rq_gguf.errors import UserError
@@ -39,14 +42,19 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
         writer = GGUFWriter(temporary, calibration.arch)
         # An imatrix names no architecture: with one, programs would try to load it as a model.
         writer.kv_data[0].pop("general.architecture", None)
-        _add(writer, calibration)
+        _add_keys(writer, calibration)
+        # Twice, so that no more than one tensor need be in memory: what they are, then what they hold.
+        for name, shape, dtype, _ in _tensors(calibration):
+            writer.add_tensor_info(name, shape, dtype, math.prod(shape) * dtype.itemsize)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for _, _, dtype, data in _tensors(calibration):
+            writer.write_tensor_data(np.ascontiguousarray(data(), dtype=dtype))
         writer.close()
 
 
-def _add(w: GGUFWriter, c: Calibration) -> None:
+def _add_keys(w: GGUFWriter, c: Calibration) -> None:
     w.add_string("general.type", "imatrix")
     w.add_array("imatrix.datasets", [f"text of sha256 {c.text_sha256}" if c.text_sha256 else c.model])
     w.add_uint32("imatrix.chunk_count", max(1, c.n_tokens // _CHUNK))
@@ -64,38 +72,53 @@ def _add(w: GGUFWriter, c: Calibration) -> None:
     w.add_bool(f"{_PREFIX}merged_gate_up", c.merged_gate_up)
     w.add_bool(f"{_PREFIX}load_known", c.load_known)
     w.add_array(f"{_PREFIX}layers", [layer.layer for layer in c.layers])
-    for name, sums in sorted(c.dense_in_sum2.items()):
-        w.add_tensor(name + SUMS, np.ascontiguousarray(sums[None], dtype=np.float32))
-        w.add_tensor(name + COUNTS, np.full((1, 1), c.n_tokens, dtype=np.float32))
     if c.response is not None:
         w.add_string(f"{_PREFIX}response_type", c.response.type)
+
+
+def _tensors(c: Calibration) -> Iterator[tuple[str, tuple[int, ...], "np.dtype[Any]", Callable[[], NDArray[Any]]]]:
+    """(name, shape, type, data), in the file's order."""
+
+    def tensor(
+        name: str, data: NDArray[Any], kind: type[np.generic]
+    ) -> tuple[str, tuple[int, ...], "np.dtype[Any]", Callable[[], NDArray[Any]]]:
+        return name, data.shape, np.dtype(kind), lambda: data
+
+    for name, sums in sorted(c.dense_in_sum2.items()):
+        yield tensor(name + SUMS, sums[None], np.float32)
+        yield tensor(name + COUNTS, np.full((1, 1), c.n_tokens), np.float32)
     for i, layer in enumerate(c.layers):
-        counts = layer.selections.astype(np.float32)[:, None]
         for matrix, sums in layer.in_sum2.items():
             name = f"blk.{layer.layer}.ffn_{matrix}_exps.weight"
-            w.add_tensor(name + SUMS, np.ascontiguousarray(sums, dtype=np.float32))
-            w.add_tensor(name + COUNTS, counts)
+            yield tensor(name + SUMS, sums, np.float32)
+            yield tensor(name + COUNTS, layer.selections[:, None], np.float32)
         prefix = f"blk.{layer.layer}.rq."
-        w.add_tensor(prefix + "selections", layer.selections.astype(np.int64))
+        yield tensor(prefix + "selections", layer.selections, np.int64)
         for field in _VECTORS:
-            w.add_tensor(prefix + field, np.asarray(getattr(layer, field), dtype=np.float64))
-        w.add_tensor(prefix + "residual_energy", np.array([layer.residual_energy], dtype=np.float64))
+            yield tensor(prefix + field, getattr(layer, field), np.float64)
+        yield tensor(prefix + "residual_energy", np.array([layer.residual_energy]), np.float64)
         if layer.moments is not None:
-            energy = np.sqrt(np.diagonal(layer.moments), dtype=np.float32)
-            w.add_tensor(prefix + "input_rms", energy)
-            w.add_tensor(prefix + "input_correlation", _correlation(layer.moments, energy))
+            moments, n = layer.moments, c.n_embd
+            yield prefix + "input_rms", (n,), np.dtype(np.float32), partial(_rms, moments)
+            yield f"blk.{layer.layer}{LARGE}", (n, n), np.dtype(np.float16), partial(_correlation, moments)
         if c.response is not None:
-            w.add_tensor(prefix + "response_error", np.ascontiguousarray(c.response.error[i], dtype=np.float64))
-            w.add_tensor(prefix + "response_kld", np.ascontiguousarray(c.response.kld[i], dtype=np.float64))
-            w.add_tensor(prefix + "response_flips", np.ascontiguousarray(c.response.flips[i], dtype=np.float64))
+            yield tensor(prefix + "response_error", c.response.error[i], np.float64)
+            yield tensor(prefix + "response_kld", c.response.kld[i], np.float64)
+            yield tensor(prefix + "response_flips", c.response.flips[i], np.float64)
         if c.types:
-            w.add_tensor(prefix + "error", np.ascontiguousarray(layer.error, dtype=np.float64))
+            yield tensor(prefix + "error", layer.error, np.float64)
 
 
-def _correlation(moments: NDArray[np.float32], rms: NDArray[np.float32]) -> NDArray[np.float16]:
-    """moments over the products of the inputs' root mean squares: half precision is enough for it, far below Feedback's damping."""
+def _rms(moments: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
+    return np.sqrt(np.diagonal(moments()), dtype=np.float32)
+
+
+def _correlation(moments: Callable[[], NDArray[np.float32]]) -> NDArray[np.float16]:
+    """Moments over the products of the inputs' root mean squares: half precision is enough for it, far below Feedback's damping."""
+    found = moments()
+    rms = np.sqrt(np.diagonal(found), dtype=np.float32)
     safe = np.where(rms > 0, rms, 1)
-    return (moments / safe[:, None] / safe).astype(np.float16)
+    return (found / safe[:, None] / safe).astype(np.float16)
 
 
 def read_any(path: Path, n_expert: int | None = None) -> Calibration:
@@ -167,7 +190,7 @@ def _calibration(content: _Content) -> Calibration:
                 residual_energy=float(content.tensor(prefix + "residual_energy", np.float64, (1,))[0]),
                 in_sum2=sums,
                 error=content.tensor(prefix + "error", np.float64, (n, len(GROUPS), len(types))) if types else empty,
-                moments=_moments(content, prefix, n_embd),
+                moments=_moments(content, i, n_embd),
             )
         )
     if not layers or len(layers) != len(experts):
@@ -190,15 +213,20 @@ def _calibration(content: _Content) -> Calibration:
     )
 
 
-def _moments(content: _Content, prefix: str, n_embd: int) -> NDArray[np.float32] | None:
-    name = prefix + "input_correlation"
-    if name not in content.tensors:
+def _moments(content: _Content, layer: int, n_embd: int) -> Callable[[], NDArray[np.float32]] | None:
+    name = f"blk.{layer}{LARGE}"
+    if name not in content:
         return None
-    rms = content.tensor(prefix + "input_rms", np.float32, (n_embd,))
-    found = content.tensors[name]
-    if found.dtype != np.float16 or found.shape != (n_embd, n_embd) or not (np.abs(found) <= 1.01).all():  # not a NaN either
-        raise content.bad(f"tensor {name} holds no correlations")
-    return np.asarray(found.astype(np.float32) * rms[:, None] * rms)
+    rms = content.tensor(f"blk.{layer}.rq.input_rms", np.float32, (n_embd,))
+
+    def read() -> NDArray[np.float32]:
+        found = content.read(name)
+        if found.dtype != np.float16 or found.shape != (n_embd, n_embd) or not (np.abs(found) <= 1.01).all():  # not a NaN either
+            raise content.bad(f"tensor {name} holds no correlations")
+        return np.asarray(found.astype(np.float32) * rms[:, None] * rms)
+
+    read()  # what is wrong shows now
+    return read
 
 
 def _response(content: _Content, layers: list[int], types: tuple[str, ...]) -> Response | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rq_gguf.calibration.data import LayerCalibration
 from rq_gguf.calibration.feedback import Feedback, layer_feedback
 from rq_gguf.calibration.imatrix import expected_selections, matrix_rows
-from rq_gguf.calibration.observe import expert_hidden
+from rq_gguf.calibration.observe import Hidden, expert_hidden
 from rq_gguf.calibration.requantize import Matrix, Tick, Weights, in_threads, requantize
 from rq_gguf.calibration.wanda import wanda_importance
 from rq_gguf.format import GROUPS
@@ -30,15 +30,16 @@ def expert_error(
     types: tuple[str, ...],
     ggml: Ggml,
     feedback: Feedback | None = None,
+    hidden: Hidden = expert_hidden,
 ) -> NDArray[np.float64]:
     """[group, type] mean over tokens of |gate weight x change of the expert's output|^2, each group quantized alone.
 
     x: [n, n_embd]. gate_weight: [n]. weights: gate, up [n_ff, n_embd] and down [n_embd, n_ff]. importance: [cols] per matrix.
     A group's inputs are rounded to 8 bits as ggml's CPU kernels do for the type: with the finer types that is half of the error.
-    feedback: for gate and up, where they are to be quantized with it.
+    feedback: for gate and up, where they are to be quantized with it. hidden: what the expert computes before `down`.
     """
     before = {m: torch.from_numpy(w) for m, w in weights.items()}
-    hidden = expert_hidden(x, before["gate"], before["up"])
+    inner = hidden(x, before["gate"], before["up"])
 
     def after(m: str, kind: str) -> Tensor:
         return torch.from_numpy(requantize(ggml, kind, weights[m], importance[m], feedback if m != "down" else None))
@@ -48,10 +49,10 @@ def expert_error(
 
     error = np.zeros((len(GROUPS), len(types)))
     for kind, same in by_stored_type(types, before["gate"].shape[1]).items():
-        reached = expert_hidden(rounded(x, kind), after("gate", kind), after("up", kind))
-        error[0, same] = mean_square((reached - hidden) @ before["down"].T)
+        reached = hidden(rounded(x, kind), after("gate", kind), after("up", kind))
+        error[0, same] = mean_square((reached - inner) @ before["down"].T)
     for kind, same in by_stored_type(types, before["down"].shape[1]).items():
-        error[1, same] = mean_square(rounded(hidden, kind) @ after("down", kind).T - hidden @ before["down"].T)
+        error[1, same] = mean_square(rounded(inner, kind) @ after("down", kind).T - inner @ before["down"].T)
     return error
 
 
@@ -92,10 +93,12 @@ def measure_layer(
     *,
     threads: int,
     tick: Tick,
+    hidden: Callable[[int], Hidden] = lambda e: expert_hidden,
 ) -> LayerCalibration:
     """The layer with `error` and `wanda` filled in.
 
-    tokens: expert -> (block inputs [n, n_embd], gate weights [n]) to measure it on. tick: called per expert.
+    tokens: expert -> (expert inputs [n, n_embd], weights of its outputs [n]) to measure it on. tick: called per expert.
+    hidden: expert -> what it computes before `down`, on the CPU in float32.
     The mean error per token is scaled to the tokens expected to pick the expert and divided by the layer's residual energy.
     """
     n_expert = layer.n_expert
@@ -109,7 +112,7 @@ def measure_layer(
         wanda[e] = wanda_importance(w, {m: layer.in_sum2[m][e] for m in w})
         x, gate_weight = tokens(e)
         rows = {m: importance[m][e] for m in w}
-        error[e] = expert_error(x, gate_weight, w, rows, types, ggml, feedback)
+        error[e] = expert_error(x, gate_weight, w, rows, types, ggml, feedback, hidden(e))
 
     in_threads(one, n_expert, threads, tick)
     scale = expected_selections(layer.selections) / layer.residual_energy

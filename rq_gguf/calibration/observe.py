@@ -10,6 +10,8 @@ from torch import Tensor
 
 Expert = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 """Expert index -> (gate [n_ff, n_embd], up [n_ff, n_embd], down [n_embd, n_ff])."""
+Hidden = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x [n, n_embd], gate, up) -> the input of down [n, n_ff]."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,32 @@ def expert_hidden(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
 
 
+def _silu_without_biases(_: int) -> Hidden:
+    return expert_hidden
+
+
+def _no_bias(_: int) -> None:
+    return None
+
+
 def observe_block(
-    x: Tensor, ids: Tensor, weights: Tensor, expert: Expert, *, n_expert: int, n_ff: int, mask: Tensor | None = None
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    expert: Expert,
+    *,
+    n_expert: int,
+    n_ff: int,
+    mask: Tensor | None = None,
+    hidden: Callable[[int], Hidden] = _silu_without_biases,
+    output_bias: Callable[[int], Tensor | None] = _no_bias,
+    weighs_inputs: bool = False,
 ) -> BlockSums:
     """Sums over one batch.
 
     x: [n, n_embd] block inputs. ids: [n, top_k] chosen experts. weights: [n, top_k] their gate weights. expert: weights by index.
-    mask: bool [n], False for padding, which counts nowhere.
+    mask: bool [n], False for padding, which counts nowhere. hidden, output_bias: by index, what an expert does before and after `down`.
+    weighs_inputs: gate weights scale the experts' inputs, not their outputs.
     """
     if mask is not None:
         x, ids, weights = x[mask], ids[mask], weights[mask]
@@ -65,11 +86,16 @@ def observe_block(
             continue
         gate, up, down = expert(e)
         xe, ge = x[tokens[start:stop]], gates[start:stop]
-        hidden = expert_hidden(xe, gate, up)
+        if weighs_inputs:
+            xe = xe * ge[:, None].to(xe.dtype)
+        inner = hidden(e)(xe, gate, up)
+        out, bias = inner @ down.T, output_bias(e)
+        if bias is not None:
+            out = out + bias.to(out.device, out.dtype)
         gate_weight[e] = ge.sum()
-        energy[e] = ((hidden @ down.T).float() * ge[:, None]).square().sum()
+        energy[e] = (out.float() if weighs_inputs else out.float() * ge[:, None]).square().sum()
         in_gate_up[e] = xe.float().square().sum(dim=0)
-        in_down[e] = hidden.float().square().sum(dim=0)
+        in_down[e] = inner.float().square().sum(dim=0)
     inputs = x.float()
     moments = (inputs.T @ inputs).cpu().numpy()
     return BlockSums(selections, _host(gate_weight), _host(energy), _host(in_gate_up), _host(in_down), moments)

@@ -4,11 +4,14 @@ One layer and matrix group after the other takes a reference type, for all exper
 recorded: how far the next-token probabilities move (Kullback-Leibler divergence), and how often a later layer's router picks other experts.
 The second is needed because the two grow differently: what moves smoothly grows with the error, and choices that flip grow with its square
 root (planning.error puts them together).
+
+All changed models advance together, layer by layer: until their change comes they are the unchanged one, and behind it all that differs is
+what passes from layer to layer. So a layer's weights are needed once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,8 @@ from rq_gguf.calibration.families import MoeBlock
 from rq_gguf.calibration.feedback import layer_feedback
 from rq_gguf.calibration.imatrix import matrix_rows
 from rq_gguf.calibration.requantize import Tick, in_threads, requantize
+from rq_gguf.calibration.spool import Spool
+from rq_gguf.calibration.stream import Streamed
 from rq_gguf.format import GROUPS
 from rq_gguf.ggml import Ggml
 from rq_gguf.types import bits_per_weight
@@ -29,7 +34,7 @@ SEQUENCES = 8
 """Sequences that pass for each layer and group."""
 _REFERENCE_BITS = 4.5  # as coarse as files usually are: finer types would leave too few flips to count
 _MOST_LOGITS = 1 << 26
-"""Probabilities kept of the unchanged model, 4 bytes each: fewer positions are scored where the vocabulary is large."""
+"""Next-token probabilities of all sequences, in one model: fewer positions are scored where the vocabulary is large."""
 
 
 def reference_type(types: tuple[str, ...]) -> str:
@@ -55,132 +60,154 @@ def flip_rate(before: Tensor, after: Tensor) -> float:
     return float((before.sort(dim=1).values != after.sort(dim=1).values).any(dim=1).float().mean().item())
 
 
-def measure_response(
-    model: Any,
-    blocks: list[MoeBlock],
-    layers: list[LayerCalibration],
-    sequences: Tensor,
-    types: tuple[str, ...],
-    ggml: Ggml,
-    *,
-    n_tokens: int,
-    threads: int,
-    tick: Tick,
-) -> Response:
-    """Change every layer and group in turn and see what follows.
+@dataclass
+class _Variant:
+    """A model in which one layer and group is changed."""
 
-    model: the causal LM, whose weights are changed in place and restored. blocks, layers: its MoE blocks and what was observed of them.
-    sequences: token ids [n, length] on the model's device. types: measured types. n_tokens: tokens that `layers` were observed on.
-    tick: called per layer and group.
-    """
-    kind = reference_type(types)
-    positions = torch.from_numpy(scored_positions(sequences.shape[1], len(sequences), model.config.vocab_size)).to(sequences.device)
-    error, kld = np.zeros((2, len(blocks), len(GROUPS)))
-    # Energies over tokens but each sequence's first: see LayerCalibration.residual_energy.
-    passed = sequences.shape[0] * (sequences.shape[1] - 1)
-    flips = np.zeros((len(blocks), len(GROUPS), len(blocks)))
-    with _recorder(model, blocks, sequences, positions) as run:
-        before = run(None, None)
-        for i, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
-            for g, group in enumerate(GROUPS):
-                with _changed(block, layer, group, kind, ggml, threads):
-                    after = run(block.layer, before)
-                change = (after.output[block.layer] - before.output[block.layer])[:, 1:].float()
-                error[i, g] = change.square().sum(dtype=torch.float64).item() / passed * n_tokens / layer.residual_energy
-                kld[i, g] = max(0.0, divergence(before.log_probs, after.log_probs))
-                for j in range(i + 1, len(blocks)):
-                    flips[i, g, j] = flip_rate(before.chosen[blocks[j].layer], after.chosen[blocks[j].layer])
-                tick()
-    return Response(kind, error, kld, flips)
+    error: float
+    """As in Response.error."""
+    flips: dict[int, float] = field(default_factory=dict)
+    """Later layer -> share of tokens."""
+    kld: float = 0.0
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """What was seen while sequences passed."""
+class _Seen:
+    """What a block did while the sequences passed."""
 
-    log_probs: Tensor  # [sequences, positions, vocabulary]
-    chosen: dict[int, Tensor]  # layer -> [tokens, top_k]
-    output: dict[int, Tensor]  # layer -> [sequences, length, n_embd] of its MoE block
-    into: dict[int, Any]  # layer -> the output of the layer before it
+    chosen: list[Tensor]  # [tokens, top_k] each
+    output: list[Tensor]  # [n, length, n_embd] each
 
 
-_Run = Callable[[int | None, _Pass | None], _Pass]
+class Variants:
+    """The unchanged model and one for each layer and group that was passed, all with the same sequences on their way through."""
+
+    def __init__(self, sequences: list[Tensor], kind: str, spool: Spool, ggml: Ggml, *, n_tokens: int, threads: int) -> None:
+        """sequences: token ids [n, length] to pass at a time, of one length. kind: the ggml type that experts take.
+        n_tokens: tokens that residual energies were observed on.
+        """
+        self._sequences, self._kind, self._spool, self._ggml = sequences, kind, spool, ggml
+        self._n_tokens, self._threads = n_tokens, threads
+        # Energies over tokens but each sequence's first: see LayerCalibration.residual_energy.
+        self._passed = sum(s.shape[0] * (s.shape[1] - 1) for s in sequences)
+        self._variants: dict[tuple[int, int], _Variant] = {}
+
+    def pass_layer(self, model: Streamed, i: int, block: MoeBlock | None, layer: LayerCalibration | None, tick: Tick) -> None:
+        """Layer i, which is loaded. block, layer: its experts and what was observed of them, None where it has none.
+
+        The weights of gate and up stay changed. tick: called for each model that passed.
+        """
+        with torch.inference_mode():
+            here, behind = ("unchanged", i), ("unchanged", i + 1)
+            before = self._pass(model, i, block, here, behind)
+            tick()
+            for key, variant in self._variants.items():
+                after = self._pass(model, i, block, key, key)
+                if block is not None:
+                    variant.flips[i] = flip_rate(torch.cat(before.chosen), torch.cat(after.chosen))
+                tick()
+            if block is not None and layer is not None:
+                # down first: gate and up need not be restored, nobody uses the layer again.
+                for g in (1, 0):
+                    kept = _change(block, layer, GROUPS[g], self._kind, self._ggml, self._threads)
+                    after = self._pass(model, i, block, here, (i, g))
+                    energy = _energy(after.output, before.output) / self._passed
+                    self._variants[i, g] = _Variant(energy * self._n_tokens / layer.residual_energy)
+                    for weight, old in kept:
+                        weight.copy_(old)
+                    tick()
+            for n in range(len(self._sequences)):
+                self._spool.drop((*here, n))
+
+    def _pass(self, model: Streamed, i: int, block: MoeBlock | None, source: tuple[Any, int], target: tuple[Any, int]) -> _Seen:
+        """Pass layer i with the hidden states kept under `source`, and keep what comes out under `target`."""
+        seen = _Seen([], [])
+        with _watched(block, seen):
+            for n, ids in enumerate(self._sequences):
+                out = model.through(i, ids, self._spool.get((*source, n)) if i else None)
+                self._spool.put((*target, n), out)
+        return seen
+
+    def finish(self, model: Streamed) -> Response:
+        """All layers were passed, and the model's head is loaded."""
+        n_sequences = sum(len(s) for s in self._sequences)
+        length, vocabulary = self._sequences[0].shape[1], model.config.get_text_config().vocab_size
+        positions = torch.from_numpy(scored_positions(length, n_sequences, vocabulary))
+        with torch.inference_mode():
+            # One sequence at a time: the probabilities of all would take gigabytes.
+            for n, row in ((n, row) for n, ids in enumerate(self._sequences) for row in range(len(ids))):
+                before = self._log_probs(model, ("unchanged", len(model)), n, row, positions)
+                for key, variant in self._variants.items():
+                    after = self._log_probs(model, key, n, row, positions)
+                    variant.kld += divergence(before, after) / n_sequences
+        return self._response()
+
+    def _log_probs(self, model: Streamed, key: tuple[Any, int], n: int, row: int, positions: Tensor) -> Tensor:
+        """[1, positions, vocabulary] of one sequence."""
+        ids, hidden = self._sequences[n][row : row + 1], self._spool.get((*key, n))[row : row + 1]
+        return model.logits(ids, hidden, positions).float().log_softmax(dim=-1)
+
+    def _response(self) -> Response:
+        layers = sorted({layer for layer, _ in self._variants})
+        index = {layer: i for i, layer in enumerate(layers)}
+        error, kld = np.zeros((2, len(layers), len(GROUPS)))
+        flips = np.zeros((len(layers), len(GROUPS), len(layers)))
+        for (layer, g), variant in self._variants.items():
+            error[index[layer], g], kld[index[layer], g] = variant.error, max(0.0, variant.kld)
+            for later, share in variant.flips.items():
+                flips[index[layer], g, index[later]] = share
+        return Response(self._kind, error, kld, flips)
+
+
+def _energy(after: list[Tensor], before: list[Tensor]) -> float:
+    """Sum of the squared differences of [n, length, n_embd] each, without each sequence's first token."""
+    changes = ((a - b)[:, 1:].float() for a, b in zip(after, before, strict=True))
+    return sum(change.square().sum(dtype=torch.float64).item() for change in changes)
 
 
 @contextmanager
-def _recorder(model: Any, blocks: list[MoeBlock], sequences: Tensor, positions: Tensor) -> Iterator[_Run]:
-    """A function that passes the sequences, scoring `positions`. Called with a layer and an earlier pass, it skips all layers before that
-    one, whose outputs are those of the earlier pass."""
-    decoder: nn.ModuleList = model.model.layers
-    chosen: dict[int, Tensor] = {}
-    output: dict[int, Tensor] = {}
-    into: dict[int, Any] = {}
+def _watched(block: MoeBlock | None, seen: _Seen) -> Iterator[None]:
+    """What a block does is added to `seen`; nothing without a block."""
+    if block is None:
+        yield
+        return
 
-    def on_block(block: MoeBlock) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            chosen[block.layer] = block.route(args[0].reshape(-1, args[0].shape[-1]))[0]
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.chosen.append(block.route(args[0].reshape(-1, args[0].shape[-1]))[0])
 
-        return hook
+    def after(_: nn.Module, __: Any, result: Any) -> None:
+        seen.output.append(result[0] if isinstance(result, tuple) else result)
 
-    def on_output(block: MoeBlock) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_: nn.Module, args: Any, result: Any) -> None:
-            output[block.layer] = result[0] if isinstance(result, tuple) else result
-
-        return hook
-
-    def on_layer(i: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_: nn.Module, args: Any, result: Any) -> None:
-            into[i + 1] = result
-
-        return hook
-
-    handles = [b.module.register_forward_pre_hook(on_block(b)) for b in blocks]
-    handles += [b.module.register_forward_hook(on_output(b)) for b in blocks]
-    first = {b.layer for b in blocks}
-    handles += [decoder[i].register_forward_hook(on_layer(i)) for i in range(len(decoder)) if i + 1 in first]
-
-    def run(layer: int | None, earlier: _Pass | None) -> _Pass:
-        for seen in (chosen, output, into):
-            seen.clear()
-        skipped = range(0)
-        if layer is not None and earlier is not None and layer in earlier.into:
-            skipped, result = range(layer), earlier.into[layer]
-            for i in skipped:
-                decoder[i].forward = lambda *args, **kwargs: result
-        try:
-            logits = model(input_ids=sequences, use_cache=False, logits_to_keep=positions).logits
-        finally:
-            for i in skipped:
-                del decoder[i].forward
-        return _Pass(logits.float().log_softmax(dim=-1), dict(chosen), dict(output), dict(into))
-
+    handles = [block.module.register_forward_pre_hook(before), block.module.register_forward_hook(after)]
     try:
-        yield run
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-@contextmanager
-def _changed(block: MoeBlock, layer: LayerCalibration, group: str, kind: str, ggml: Ggml, threads: int) -> Iterator[None]:
-    """All experts of a block with the matrices of a group as they come back from a type."""
+def _change(block: MoeBlock, layer: LayerCalibration, group: str, kind: str, ggml: Ggml, threads: int) -> list[tuple[Tensor, Tensor]]:
+    """Give all experts of a block the matrices of a group as they come back from a type. (weight, what it was before) each; nothing for
+    gate and up."""
     names = ("down",) if group == "down" else ("gate", "up")
     importance, feedback = {m: matrix_rows(layer, m) for m in names}, None if group == "down" else layer_feedback(layer)
     index = {"gate": 0, "up": 1, "down": 2}
-    kept: list[list[Tensor]] = [[] for _ in range(block.n_expert)]
+    kept: list[tuple[Tensor, Tensor]] = []
 
     def change(e: int) -> None:
         with torch.inference_mode():
             for m in names:
                 weight = block.expert(e)[index[m]]
-                kept[e].append(weight.cpu().clone())
+                if group == "down":
+                    kept.append((weight, _smallest(weight.cpu())))
                 back = requantize(ggml, kind, weight.float().cpu().numpy(), importance[m][e], feedback)
                 weight.copy_(torch.from_numpy(back))
 
-    try:
-        in_threads(change, block.n_expert, threads, lambda: None)
-        yield
-    finally:
-        for e, before in enumerate(kept):
-            for m, weight in zip(names, before, strict=False):
-                block.expert(e)[index[m]].copy_(weight)
+    in_threads(change, block.n_expert, threads, lambda: None)
+    return kept
+
+
+def _smallest(weight: Tensor) -> Tensor:
+    """A copy, in half the memory where the checkpoint's weights were bfloat16."""
+    half = weight.bfloat16()
+    return half if torch.equal(half.to(weight.dtype), weight) else weight.clone()

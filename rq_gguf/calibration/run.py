@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from rq_gguf.atomic import full_disk_told
 from rq_gguf.calibration.checkpoint import check_weights, read_config, resolve_model
 from rq_gguf.calibration.data import Calibration, LayerCalibration
-from rq_gguf.calibration.families import Family, MoeBlock, family_of, moe_blocks
+from rq_gguf.calibration.dequantize import check_quantization
+from rq_gguf.calibration.families import FAMILIES, SWITCH, Family, MoeBlock, family_of, moe_blocks
 from rq_gguf.calibration.fingerprint import router_fingerprint
 from rq_gguf.calibration.measure import completed, mean_gate_weights, measure_layer
+from rq_gguf.calibration.memory import BATCH, release, room
 from rq_gguf.calibration.observe import BlockSums, input_energy, observe_block, residual_energy
-from rq_gguf.calibration.requantize import Matrix, default_threads
-from rq_gguf.calibration.response import SEQUENCES, measure_response
+from rq_gguf.calibration.paper_models import register
+from rq_gguf.calibration.requantize import Matrix, Tick, default_threads
+from rq_gguf.calibration.response import SEQUENCES, Variants, reference_type
 from rq_gguf.calibration.sample import Sample, merge, tokens_elsewhere, tokens_of
+from rq_gguf.calibration.spool import Shelf, Spool
+from rq_gguf.calibration.stream import Streamed
+from rq_gguf.calibration.switch import calibrate_switch
 from rq_gguf.defaults import TOKENS
 from rq_gguf.errors import UserError
 from rq_gguf.format import GROUPS
@@ -37,7 +45,8 @@ SEQUENCE = 512
 SAMPLES = 256
 """Tokens per expert that errors are measured on."""
 _SEED = 20938
-_BATCH = 8
+_EXPERT = 4096
+"""Tokens that pass a layer in about the time that the types of one expert take: for the progress bar."""
 
 
 def calibrate(
@@ -51,77 +60,106 @@ def calibrate(
     samples: int = SAMPLES,
     threads: int | None = None,
     progress: bool = True,
+    work: Path | None = None,
+    max_memory: int | None = None,
 ) -> Calibration:
     """Pass about `tokens` tokens of `text` through a checkpoint and measure what each type does to each expert.
 
     model: a directory, or a hub id. Sequences of 512 tokens are taken evenly spaced over the whole text, so that a short calibration
-    still sees all of it. The model runs in float32 on a CPU and in the checkpoint's own type on cuda and mps, and must fit in memory.
+    still sees all of it. The model runs in float32 on a CPU and in the checkpoint's own type on cuda and mps. All tokens pass one decoder
+    layer before the next one is loaded, so one layer must fit in memory (see memory.room), and hidden states wait there or on disk.
     The same text, settings and machine give the same result.
-    Raises UserError for an unsuitable or broken model, too little text, non-finite weights or activations, an unknown device or type.
+    work: directory for temporary files without a name, the system's if None. max_memory: bytes, see memory.room.
+    Raises UserError for an unsuitable or broken model, too little text, non-finite weights or activations, an unknown device or type,
+    too little memory, a full disk.
     """
     for t in types:
         check_type(t, "types")
     directory = resolve_model(model)
-    family = family_of(read_config(directory), str(directory))
-    check_weights(directory)
+    config = read_config(directory)
+    family = family_of(config, str(directory))
+    check_quantization(config, str(directory))
+    if family.own_class:
+        register()
+    files = check_weights(directory)
     where = pick_device(device)
     sequences = cut(tokenize(directory, text), tokens, sequence_length(directory))
-    loaded = load(directory, where)
-    blocks = list(moe_blocks(loaded.model.layers, loaded.config))
+    threads = threads or default_threads()
+    sha256, name = hashlib.sha256(text.encode()).hexdigest(), directory.name if Path(model).is_dir() else str(model)
+    if family is FAMILIES[SWITCH]:
+        made = calibrate_switch(directory, family, sequences, where, types, ggml, samples=samples, threads=threads, progress=progress)
+        return replace(made, model=name, text_sha256=sha256)
+    loaded = Streamed(directory, files, where)
+    blocks = {b.layer: b for b in moe_blocks(loaded.layers, loaded.config)}
     if not blocks:
         raise UserError(f"{directory} has no layer with experts: there is nothing to replicate")
-    check_finite(loaded)
 
-    threads = threads or default_threads()
-    observer = Observer(blocks, sum(len(s) for s in sequences), samples)
+    fits = room(
+        loaded.layers,
+        loaded.front_weights,
+        blocks.values(),
+        length=len(sequences[0]),
+        sampled=min(sum(len(s) for s in sequences), samples * max(b.n_expert for b in blocks.values())),
+        on_host=where.type == "cpu",
+        limit=max_memory,
+    )
+    text_ids, response_ids = list(batches(sequences, fits.batch)), list(batches(list(evenly(sequences, SEQUENCES)), fits.batch))
+    observer = Observer(blocks[min(blocks)].family, sum(len(s) for s in sequences), samples)
+    layers: list[LayerCalibration] = []
+    routers: list[NDArray[np.float32]] = []
+    n_passed = sum(ids.numel() for ids in response_ids)
+    shelf = Shelf(work)
     with (
-        _torch_threads(threads),
-        torch.inference_mode(),
-        observer.attached(loaded.model.layers),
-        _bar("calibrating", observer.n_tokens, "tok", progress) as bar,
+        full_disk_told(),
+        Spool(work, fits.spool) as spool,
+        _Progress(loaded, blocks, observer.n_tokens, n_passed, progress) as bar,
     ):
-        for batch in batches(sequences):
-            observer.begin(batch.numel())
-            try:
-                loaded.model(input_ids=batch.to(where), use_cache=False)
-            except torch.OutOfMemoryError as e:
-                raise UserError(f"{directory} does not fit in the memory of {where}: choose --device cpu") from e
-            bar.update(batch.numel())
+        variants = Variants(response_ids, reference_type(types), spool, ggml, n_tokens=observer.n_tokens, threads=threads)
 
-    never_hit = sum(int((observer.sums[b.layer].selections == 0).sum()) for b in blocks)
-    if never_hit:
-        log.warning(
-            "%d of %d experts were never picked on the calibration text: a prior stands in for them; use more or other text",
-            never_hit,
-            sum(b.n_expert for b in blocks),
-        )
-    layers = []
-    # One thread per expert: torch's own would only get in each other's way.
-    with _torch_threads(1), _bar("measuring", sum(b.n_expert for b in blocks), "expert", progress) as bar:
-        for block in blocks:
-            layer = observer.layer(block)
-            measured_on = measured_tokens(observer.samples.pop(block.layer), layer, samples)
-            layers.append(measure_layer(layer, measured_on, weights_of(block), types, ggml, threads=threads, tick=bar.update))
-    passed = torch.from_numpy(evenly(sequences, SEQUENCES)).to(where)
-    with _torch_threads(threads), torch.inference_mode(), _bar("changing", len(blocks) * len(GROUPS), "part", progress) as bar:
-        response = measure_response(
-            loaded, blocks, layers, passed, types, ggml, n_tokens=observer.n_tokens, threads=threads, tick=bar.update
-        )
+        def pass_layer(i: int) -> None:
+            """All there is to do with layer i, which is loaded. What refers to it is gone afterwards."""
+            block = next((b for b in moe_blocks(loaded.layers, loaded.config) if b.layer == i), None)
+            bar.at(i, "tokens")
+            with torch.inference_mode(), observer.attached(i, loaded.layers[i], block):
+                for n, ids in enumerate(text_ids):
+                    observer.begin(n == 0, ids.numel())
+                    spool.put(("text", n), loaded.through(i, ids, spool.get(("text", n)) if i else None))
+                    bar.tokens(ids.numel())
+            layer = None
+            if block is not None:
+                bar.at(i, "types")
+                layer = _measured(observer, block, types, ggml, samples, threads, bar.expert)
+                assert layer.moments is not None
+                layers.append(replace(layer, moments=shelf.keep(layer.moments())))
+                routers.append(block.router.float().cpu().numpy().copy())
+                release()
+            bar.at(i, "changes")
+            variants.pass_layer(loaded, i, block, layer, bar.changed)
 
-    first = blocks[0].expert(0)
+        with _torch_threads(threads):
+            for i in range(len(loaded)):
+                with loaded.layer(i):
+                    pass_layer(i)
+            loaded.load_head()
+            bar.at(len(loaded) - 1, "probabilities")
+            response = variants.finish(loaded)
+    _warn_of_unseen(layers)
+
+    some = blocks[min(blocks)]
+    gate = some.expert(0)[0]
     return Calibration(
-        model=directory.name if Path(model).is_dir() else str(model),
-        model_fingerprint=router_fingerprint(b.router.float().cpu().numpy() for b in blocks),
+        model=name,
+        model_fingerprint=router_fingerprint(routers),
         arch=family.arch,
         types=types,
         n_tokens=observer.n_tokens,
-        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
-        n_expert_used=blocks[0].top_k,
-        n_embd=int(first[0].shape[1]),
-        n_ff=int(first[0].shape[0]),
+        text_sha256=sha256,
+        n_expert_used=some.top_k,
+        n_embd=int(gate.shape[1]),
+        n_ff=int(gate.shape[0]),
         merged_gate_up=False,
         layers=tuple(layers),
-        dense_in_sum2=observer.dense(family, loaded.config.num_hidden_layers),
+        dense_in_sum2=observer.dense(family, len(loaded)),
         response=response,
     )
 
@@ -146,7 +184,7 @@ def sequence_length(directory: Path) -> int:
 def tokenize(directory: Path, text: str) -> tuple[NDArray[np.int64], int | None]:
     """(the text's token ids, the id that begins a sequence or None where the model has none)."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as e:  # transformers raises whatever its parsers do
         raise UserError(f"the tokenizer in {directory} cannot be loaded: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
     head = tokenizer("").input_ids[:1]
@@ -182,46 +220,42 @@ def evenly(sequences: list[NDArray[np.int64]], n: int) -> NDArray[np.int64]:
     return np.stack([whole[i * len(whole) // n] for i in range(n)])
 
 
-def batches(sequences: list[NDArray[np.int64]]) -> Iterator[Tensor]:
-    """[batch, length] id tensors; a last sequence that is shorter goes alone, so that nothing is ever padded."""
+def batches(sequences: list[NDArray[np.int64]], size: int = BATCH) -> Iterator[Tensor]:
+    """[at most size, length] id tensors; a last sequence that is shorter goes alone, so that nothing is ever padded."""
     whole = [s for s in sequences if len(s) == len(sequences[0])]
-    for i in range(0, len(whole), _BATCH):
-        yield torch.from_numpy(np.stack(whole[i : i + _BATCH]))
+    for i in range(0, len(whole), size):
+        yield torch.from_numpy(np.stack(whole[i : i + size]))
     for rest in sequences[len(whole) :]:
         yield torch.from_numpy(rest[None])
 
 
-def load(directory: Path, device: torch.device) -> Any:
-    """The causal LM, in evaluation mode on the device. Raises UserError if the checkpoint does not fit the model it claims to be."""
-    # A CPU is slow in bfloat16. Elsewhere the checkpoint's own type keeps memory and, for routers, exactness.
-    dtype = torch.float32 if device.type == "cpu" else "auto"
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
-        loaded = loaded.to(device).eval().requires_grad_(False)
-    except (OSError, ValueError, RuntimeError, KeyError) as e:
-        # Out of memory, on any device, is a RuntimeError too.
-        raise UserError(f"{directory} cannot be loaded: {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}") from e
-    if info["missing_keys"]:
-        raise UserError(f"the checkpoint in {directory} lacks tensor {sorted(info['missing_keys'])[0]}")
-    return loaded
+def _measured(
+    observer: "Observer", block: MoeBlock, types: tuple[str, ...], ggml: Ggml, samples: int, threads: int, tick: Tick
+) -> LayerCalibration:
+    """What was observed of a block that all tokens passed, and the errors of each type."""
+    layer, sample = observer.take(block)
+    measured_on = measured_tokens(sample, layer, samples, block.family.weighs_inputs)
+    # One thread per expert: torch's own would only get in each other's way.
+    with _torch_threads(1):
+        return measure_layer(layer, measured_on, weights_of(block), types, ggml, threads=threads, tick=tick, hidden=block.hidden)
 
 
-def check_finite(model: nn.Module) -> None:
-    """Raise UserError naming the first weight tensor, and the expert where it holds several, with a NaN or infinity."""
-    for name, p in model.named_parameters():
-        if not torch.isfinite(p).all():
-            parts = [] if p.ndim < 3 else [i for i in range(len(p)) if not torch.isfinite(p[i]).all()]
-            which = f"{name} (expert {parts[0]})" if parts else name
-            raise UserError(f"tensor {which} holds values that are not finite: the model is broken")
+def _warn_of_unseen(layers: list[LayerCalibration]) -> None:
+    never_hit = sum(int((layer.selections == 0).sum()) for layer in layers)
+    if never_hit:
+        log.warning(
+            "%d of %d experts were never picked on the calibration text: a prior stands in for them; use more or other text",
+            never_hit,
+            sum(layer.n_expert for layer in layers),
+        )
 
 
 class Observer:
     """Hooks on a model's decoder layers that gather the sums and samples of its MoE blocks."""
 
-    def __init__(self, blocks: list[MoeBlock], n_tokens: int, samples: int) -> None:
-        self.blocks = blocks
+    def __init__(self, family: Family, n_tokens: int, samples: int) -> None:
         self.n_tokens = n_tokens
+        self._family = family
         self.sums: dict[int, BlockSums] = {}
         self.residual: dict[int, float] = {}
         self.samples: dict[int, Sample] = {}
@@ -231,21 +265,21 @@ class Observer:
         self._seen = 0
         self._batch = self._priority
 
-    def begin(self, n: int) -> None:
-        """The next n tokens are about to pass."""
+    def begin(self, first: bool, n: int) -> None:
+        """The next n tokens, or the first ones, are about to pass."""
+        self._seen = 0 if first else self._seen
         self._batch = self._priority[self._seen : self._seen + n]
         self._seen += n
 
-    def attached(self, layers: nn.ModuleList) -> ExitStack:
-        """Hooks on, until the returned context is left."""
+    def attached(self, i: int, layer: nn.Module, block: MoeBlock | None) -> ExitStack:
+        """Hooks on decoder layer i, and its experts if it has any, until the returned context is left."""
         stack = ExitStack()
-        for block in self.blocks:
+        if block is not None:
             stack.callback(block.module.register_forward_pre_hook(self._on_block(block)).remove)
-            stack.callback(layers[block.layer].register_forward_hook(self._on_layer(block.layer)).remove)
-        for i, layer in enumerate(layers):
-            for name, module in layer.named_modules():
-                if isinstance(module, nn.Linear) and ".experts." not in name and not name.endswith(".gate"):
-                    stack.callback(module.register_forward_pre_hook(self._on_linear(f"model.layers.{i}.{name}")).remove)
+            stack.callback(layer.register_forward_hook(self._on_layer(i)).remove)
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear) and not _routes(name) and not name.endswith(self._family.permuted):
+                stack.callback(module.register_forward_pre_hook(self._on_linear(f"model.layers.{i}.{name}")).remove)
         return stack
 
     def _on_block(self, block: MoeBlock) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -254,7 +288,17 @@ class Observer:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1])
             ids, weights = block.route(x)
-            sums = observe_block(x, ids, weights, block.expert, n_expert=block.n_expert, n_ff=n_ff)
+            sums = observe_block(
+                x,
+                ids,
+                weights,
+                block.expert,
+                n_expert=block.n_expert,
+                n_ff=n_ff,
+                hidden=block.hidden,
+                output_bias=block.output_bias,
+                weighs_inputs=block.family.weighs_inputs,
+            )
             if not (np.isfinite(sums.output_energy).all() and np.isfinite(sums.in_gate_up).all() and np.isfinite(sums.in_down).all()):
                 raise UserError(f"the experts of layer {block.layer} compute values that are not finite: the model is broken")
             old = self.sums.get(block.layer)
@@ -283,11 +327,12 @@ class Observer:
 
         return hook
 
-    def layer(self, block: MoeBlock) -> LayerCalibration:
-        """What was gathered for a block, nothing measured yet."""
-        sums = self.sums[block.layer]
+    def take(self, block: MoeBlock) -> tuple[LayerCalibration, Sample]:
+        """What was gathered for a block, nothing measured yet, and the sample; both are forgotten here."""
+        sums = self.sums.pop(block.layer)
+        moments = sums.moments / np.float32(self.n_tokens)
         gate_up, down = sums.in_gate_up.astype(np.float32), sums.in_down.astype(np.float32)
-        return LayerCalibration(
+        layer = LayerCalibration(
             layer=block.layer,
             selections=sums.selections,
             gate_weight=sums.gate_weight,
@@ -296,8 +341,9 @@ class Observer:
             in_sum2={"gate": gate_up, "up": gate_up, "down": down},
             error=np.zeros((block.n_expert, len(GROUPS), 0)),
             wanda=np.zeros(block.n_expert),
-            moments=sums.moments / np.float32(self.n_tokens),
+            moments=lambda: moments,
         )
+        return layer, self.samples.pop(block.layer)
 
     def dense(self, family: Family, n_layers: int) -> dict[str, NDArray[np.float32]]:
         """GGUF tensor name -> [cols] sums of squared inputs over all tokens, for the linear layers that every token passes."""
@@ -307,14 +353,25 @@ class Observer:
         return {f"{name}.weight": sums.astype(np.float32) for name, sums in found if name}
 
 
-def measured_tokens(sample: Sample, layer: LayerCalibration, size: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """expert -> (block inputs [n, n_embd], gate weights [n]) that its error is measured on."""
+def _routes(name: str) -> bool:
+    """True for the name, in its decoder layer, of a linear layer that is a router's, or in a routed expert."""
+    return ".experts." in name or name.endswith((".gate", ".gate.wg", ".router"))
+
+
+def measured_tokens(
+    sample: Sample, layer: LayerCalibration, size: int, weighs_inputs: bool = False
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """expert -> (its inputs [n, n_embd], weights of its outputs [n]) that its error is measured on.
+
+    weighs_inputs: gate weights scale the inputs, and outputs count as they are.
+    """
     means = mean_gate_weights(layer.selections, layer.gate_weight)
 
     def tokens(e: int) -> tuple[Tensor, Tensor]:
         own, own_weight = tokens_of(sample, e, size)
         rows, gate_weight = completed(own, own_weight, tokens_elsewhere(sample, e, size), float(means[e]))
-        return sample.x[torch.from_numpy(rows)].float(), torch.from_numpy(gate_weight)
+        x, weight = sample.x[torch.from_numpy(rows)].float(), torch.from_numpy(gate_weight)
+        return (x * weight.to(x.device)[:, None], torch.ones_like(weight)) if weighs_inputs else (x, weight)
 
     return tokens
 
@@ -339,5 +396,30 @@ def _torch_threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _bar(label: str, total: int, unit: str, progress: bool) -> "tqdm[Any]":
-    return tqdm(total=total, desc=label, unit=unit, unit_scale=total > 10000, disable=not progress)
+class _Progress:
+    """A bar over the whole calibration, in tokens through a layer."""
+
+    def __init__(self, model: Streamed, blocks: dict[int, MoeBlock], n_tokens: int, response_tokens: int, show: bool) -> None:
+        changed = sum(1 + len(GROUPS) * sum(b <= i for b in blocks) for i in range(len(model)))
+        total = len(model) * n_tokens + _EXPERT * sum(b.n_expert for b in blocks.values()) + changed * response_tokens
+        self._layers, self._response_tokens = len(model), response_tokens
+        shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        self._bar = tqdm(total=total, desc="calibrating", bar_format=shape, disable=not show)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def at(self, layer: int, what: str) -> None:
+        self._bar.set_description_str(f"calibrating, layer {layer + 1} of {self._layers}, {what}")
+
+    def tokens(self, n: int) -> None:
+        self._bar.update(n)
+
+    def expert(self) -> None:
+        self._bar.update(_EXPERT)
+
+    def changed(self) -> None:
+        self._bar.update(self._response_tokens)

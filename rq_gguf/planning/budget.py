@@ -17,6 +17,7 @@ ALIGNMENT = 32
 
 _UNITS = {"": 1, "b": 1} | {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)} | {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+_LONGEST = 300  # a file's name, and numbers that a float can hold
 _LIKE = re.compile(r"like:.+ \((\d+) bytes\)", re.IGNORECASE)
 _FORMS = (
     "a ggml type such as q8_0, a size of the whole file such as 16GiB or 900MB, bits per expert weight such as 5.0bpw, "
@@ -36,11 +37,15 @@ class ExpertShape:
     n_embd: int
     n_ff: int
     merged_gate_up: bool
+    gated: bool = True
+    """False where there is up and no gate."""
 
     def rows(self, group: int) -> tuple[int, ...]:
         """Rows of each matrix of a group (an index into format.GROUPS)."""
         if GROUPS[group] == "down":
             return (self.n_embd,)
+        if not self.gated:
+            return (self.n_ff,)
         return (2 * self.n_ff,) if self.merged_gate_up else (self.n_ff, self.n_ff)
 
     def columns(self, group: int) -> int:
@@ -66,7 +71,7 @@ class ExpertShape:
     @property
     def weights(self) -> int:
         """Weights of one expert."""
-        return 3 * self.n_ff * self.n_embd
+        return (3 if self.gated else 2) * self.n_ff * self.n_embd
 
 
 def expert_shape(calibration: Calibration) -> ExpertShape:
@@ -74,7 +79,8 @@ def expert_shape(calibration: Calibration) -> ExpertShape:
     counts = {layer.n_expert for layer in calibration.layers}
     if len(counts) != 1:
         raise UserError(f"the calibration of {calibration.model} holds layers of {sorted(counts)} experts; all must have the same number")
-    return ExpertShape(counts.pop(), calibration.n_embd, calibration.n_ff, calibration.merged_gate_up)
+    gated = any(matrix != "up" and matrix != "down" for layer in calibration.layers for matrix in layer.in_sum2)
+    return ExpertShape(counts.pop(), calibration.n_embd, calibration.n_ff, calibration.merged_gate_up, gated)
 
 
 def layer_bytes(shape: ExpertShape, layer: LayerPlan) -> int:
@@ -129,6 +135,8 @@ def parse_budget(text: str) -> Budget:
     """A user's `--budget`: a type's name, a size in bytes, kB, MB, GB, KiB, MiB, GiB, ..., `<number>bpw`, or `like:NAME (N bytes)`, which
     is a size too (who asks for `like:FILE` has looked it up). UserError otherwise."""
     name = text.strip().lower()
+    if len(name) > _LONGEST:
+        raise UserError(f"--budget {name[:20]}... is not understood; give {_FORMS}")
     if (like := _LIKE.fullmatch(name)) is not None:
         return Budget(text, "size", int(like[1]))
     if name in TYPES:
@@ -142,4 +150,6 @@ def parse_budget(text: str) -> Budget:
         return Budget(text, "bpw", float(number))
     if unit not in _UNITS or (unit in ("", "b") and "." in number):
         raise UserError(f"--budget {text!r} is not understood; give {_FORMS}")
+    if float(number) > 1 << 63:
+        raise UserError(f"--budget {text} is more than any file can have; give {_FORMS}")
     return Budget(text, "size", int(float(number) * _UNITS[unit]) if "." in number else int(number) * _UNITS[unit])

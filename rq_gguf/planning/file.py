@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import reprlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from rq_gguf.types import TYPES
 
 VERSION = 2
 _MAX_BLOCK = 2**31 - 1
+_LARGEST = 1e300
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def plan_text(plan: Plan, calibration: Calibration) -> str:
@@ -182,6 +186,8 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no plan: it is not text") from e
     except json.JSONDecodeError as e:
         raise UserError(f"{path} is not valid JSON: {e.msg} in line {e.lineno}, column {e.colno}") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is no plan: it holds a number of thousands of digits, or is nested without end") from e
     if not isinstance(data, dict) or "rq_plan_version" not in data:
         raise UserError(f"{path} is no plan of rq-gguf: it has no rq_plan_version")
     if data["rq_plan_version"] != VERSION:
@@ -195,9 +201,11 @@ def _is_int(value: object) -> bool:
 
 def _field(path: Path, data: dict[str, Any], name: str, kind: type) -> Any:
     value = data.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        found = "missing" if value is None else repr(value)
-        raise UserError(f"{path}: {name} is {found}; it must be {'text' if kind is str else 'a whole number'}")
+    # What is written to a GGUF: 64 bits, and text that has an encoding.
+    fits = not _SURROGATE.search(value) if isinstance(value, str) else isinstance(value, int) and 0 <= value < 1 << 63
+    if not isinstance(value, kind) or isinstance(value, bool) or not fits:
+        found = "missing" if value is None else reprlib.repr(value)
+        raise UserError(f"{path}: {name} is {found}; it must be {'text' if kind is str else 'a whole number, from 0'}")
     return value
 
 
@@ -206,8 +214,8 @@ def _number(path: Path, data: dict[str, Any], name: str) -> float | None:
     value = data.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{path}: {name} is {value!r}; it must be a number or null")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf or abs(value) > _LARGEST:
+        raise UserError(f"{path}: {name} is {reprlib.repr(value)}; it must be a number or null")
     return float(value)
 
 

@@ -137,5 +137,6 @@ def last_error(output: Output) -> str:
     text = re.sub(r"^[\d.]+ [A-Z] +", "", output.stdout + "\n" + output.stderr, flags=re.MULTILINE)  # the log's time and level
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     causes = [line for line in lines if re.search(r"error loading model: |failed to quantize: |error while handling ", line)]
+    raised = [line for line in lines if re.match(r"([\w.]+\.)?\w+(Error|Exception)(: |$)", line)]  # the end of a Python traceback
     errors = [line for line in lines if re.search(r"\b(error|failed|fatal|invalid|unknown|unable|cannot|assert)", line, re.IGNORECASE)]
-    return (causes or errors or lines or ["it printed nothing"])[-1]
+    return (causes or raised or errors or lines or ["it printed nothing"])[-1]

@@ -1,6 +1,7 @@
 """A base GGUF from a Hugging Face model directory, by the pinned llama.cpp's own converter."""
 
 import json
+import re
 import struct
 import sys
 from collections import Counter
@@ -12,24 +13,38 @@ from tqdm import tqdm
 from rq_gguf.atomic import replacing
 from rq_gguf.errors import UserError
 from rq_gguf.runtime.tools import run_tool, source_path
+from rq_gguf.writing.dialect import adapted_directory, lacks_mtp
+from rq_gguf.writing.untrusted import OFFLINE, without_code
 
+_FULL = re.compile(r"\d+ requested and \d+ written|No space left on device|File too large|Disk quota exceeded")
+"""numpy's and the system's words for a disk that takes no more, as the converter passes them on."""
 _OUTTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
-def convert_base(model_dir: Path, out: Path, *, progress: bool = True) -> None:
+def convert_base(model_dir: Path, out: Path, *, allow_pickle: bool = False, progress: bool = True) -> None:
     """Convert a model directory to a GGUF whose weights keep the checkpoint's float type. `out` appears only when complete.
 
-    Raises UserError for what is no model directory and with the converter's own last line where that fails.
+    allow_pickle: take weights in PyTorch's own format too, which can hold code. Code that comes with the model is not run.
+
+    Raises UserError for what is no model directory, for families that llama.cpp cannot run, and with the converter's own last line
+    where that fails.
     """
     if not (model_dir / "config.json").is_file():
         raise UserError(f"{model_dir} is not a Hugging Face model directory: it has no config.json")
-    weights = sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("pytorch_model*.bin")])
+    weights = sorted(model_dir.glob("*.safetensors")) or sorted(model_dir.glob("pytorch_model*.bin"))
+    if weights and weights[0].suffix == ".bin" and not allow_pickle:
+        raise UserError(
+            f"{model_dir} holds weights only as .bin files, which are Python pickles and can run code when they are read; save the model "
+            "as safetensors, or give --allow-pickle if you trust where it comes from"
+        )
     if not weights:
         raise UserError(f"{model_dir} holds no weights (*.safetensors or pytorch_model*.bin)")
     converter = source_path("convert_hf_to_gguf.py")
     total = sum(w.stat().st_size for w in weights)
     quiet = None if progress else True  # None: only where stderr is a terminal
     with (
+        adapted_directory(model_dir) as adapted,
+        without_code(adapted) as source_dir,
         replacing(out) as temporary,
         tqdm(desc="convert", total=total, unit="B", unit_scale=True, unit_divisor=1024, delay=0.5, leave=False, disable=quiet) as bar,
     ):
@@ -40,9 +55,15 @@ def convert_base(model_dir: Path, out: Path, *, progress: bool = True) -> None:
 
         # The converter fills in {ftype} and the like in the name it is given.
         outfile = temporary.with_name(temporary.name.replace("{", "{{").replace("}", "}}"))
+        options: list[str | Path] = ["--outfile", outfile, "--outtype", _outtype(weights)]
+        config = json.loads((source_dir / "config.json").read_text(encoding="utf-8"))
+        if lacks_mtp(config, (name for w in weights if w.suffix == ".safetensors" for name in _safetensors_header(w))):
+            options.append("--no-mtp")
         try:
-            run_tool([sys.executable, converter, model_dir, "--outfile", outfile, "--outtype", _outtype(weights)], on_output=show)
+            run_tool([sys.executable, converter, source_dir, *options], env=OFFLINE, on_output=show)
         except UserError as e:
+            if _FULL.search(str(e)):
+                raise UserError(f"cannot write {out}: the disk is full; nothing was left behind") from e
             raise UserError(f"cannot convert {model_dir}: {e}") from e
 
 

@@ -64,7 +64,7 @@ def outputs(source: Source, plan: Plan, types: Mapping[str, str]) -> Iterator[Ou
     mapped = set()
     for tensor in source.tensors.values():
         parsed = fmt.parse_expert_name(tensor.name)
-        if parsed is None:
+        if parsed is None or not source.is_routed(tensor.name):
             yield Output(Tensor(tensor.name, types[tensor.name], tensor.ne), tensor)
             continue
         layer, matrix, _ = parsed

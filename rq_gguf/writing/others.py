@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from rq_gguf import defaults
 from rq_gguf.calibration.data import Calibration
 from rq_gguf.errors import UserError
-from rq_gguf.format import parse_expert_name
 from rq_gguf.gguf_file import Tensor, build_header, pad, scalar, string, strings
 from rq_gguf.runtime.tools import run_tool
 from rq_gguf.types import NEEDS_IMATRIX, QUANTIZABLE, fallback, row_bytes
@@ -85,7 +84,7 @@ def stored_types(source: Source, others: Others | None = None) -> dict[str, str]
     named = _check_tensor_types(source, others, wanted)
     types = {}
     for name, tensor in source.tensors.items():
-        if parse_expert_name(name) is not None:
+        if source.is_routed(name):
             continue
         kind = wanted[name]
         if tensor.type not in _PLAIN and kind != tensor.type:
@@ -137,7 +136,7 @@ def _check_tensor_types(source: Source, others: Others, wanted: Mapping[str, str
         matches = [name for name in source.tensors if re.search(pattern, name)]
         if not matches:
             raise UserError(f"--tensor-type {text} matches no tensor of {source.path}")
-        expert = next((name for name in matches if parse_expert_name(name) is not None), None)
+        expert = next((name for name in matches if source.is_routed(name)), None)
         if expert is not None:
             raise UserError(
                 f"--tensor-type {text} matches {expert}: the plan decides the types of routed experts (--types, --plan); "

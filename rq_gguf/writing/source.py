@@ -1,5 +1,6 @@
 """The base model of a write: a stock GGUF (one file or split), its routed experts found, its data read on demand."""
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ EXPERT_TYPES = ("f32", "f16", "bf16", "q8_0", "mxfp4")
 """Types that experts are read from: other coarse ones would be quantized twice, and in MXFP4 some models are published."""
 
 _BY_LOGICAL_ID = re.compile(r"blk\.\d+\.ffn_(gate_up|gate|up|down)_exps\.(bias|scale|input_scale)|blk\.\d+\.ffn_norm_exps\.weight")
+_OF_EXPERTS = re.compile(r"exps|expert|tid2eid")  # in the names of tensors that hold something for each routed expert, or their ids
+_FFN = re.compile(r"blk\.(\d+)\.ffn_")
 _ONE_PER_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 
 
@@ -62,7 +65,8 @@ class Source:
         if sum(len(h.tensors) for h in headers) != len(self.tensors):
             raise UserError(f"{path} is damaged: files of the split model hold the same tensor")
         self.experts = _find_experts(path, self.header, self.tensors)
-        """Block -> matrix -> stacked tensor, ne = [columns, rows, experts]."""
+        """Block -> matrix -> stacked tensor, ne = [columns, rows, experts]. Blocks for multi-token prediction are not among them: nothing
+        is known of the load on their experts, which stay together as all other tensors do."""
         self._files = [open(h.path, "rb", buffering=0) for h in headers]  # noqa: SIM115 (close does)
 
     def __enter__(self) -> "Source":
@@ -82,6 +86,11 @@ class Source:
             down = matrices["down"]
             layers.append(LayerShape(layer, down.ne[2], down.ne[1], down.ne[0], tuple(matrices)))
         return ModelShape(str(self.header.get("general.architecture", "")), tuple(layers))
+
+    def is_routed(self, name: str) -> bool:
+        """True for the weights of routed experts that a plan decides on."""
+        parsed = parse_expert_name(name)
+        return parsed is not None and parsed[0] in self.experts
 
     def read(self, tensor: Tensor, first_row: int = 0, n_rows: int | None = None) -> NDArray[np.uint8]:
         """Rows as stored, uint8 [n_rows, row_bytes]; rows count over all dimensions behind the first.
@@ -135,23 +144,46 @@ def _find_experts(path: Path, header: Header, tensors: dict[str, Tensor]) -> dic
     if KEY_FORMAT_VERSION in header.values:
         raise UserError(f"{path} is an rq-gguf file already; give the F16, BF16, F32 or Q8_0 GGUF that it was made from")
     experts: dict[int, dict[str, Tensor]] = {}
+    first_mtp = _first_mtp_block(header)
     for name, tensor in tensors.items():
         if _ONE_PER_EXPERT.fullmatch(name):
             raise UserError(f"{path} holds every expert in a tensor of its own ({name}); convert the model again with a current llama.cpp")
-        if "_exps" not in name:
+        if not _OF_EXPERTS.search(name):
             continue
         parsed = parse_expert_name(name)
         if parsed is not None and parsed[2] is None:
+            if parsed[0] >= first_mtp:
+                continue
             if tensor.type not in EXPERT_TYPES:
                 raise UserError(f"{path}: {name} is {tensor.type} already; give an F16, BF16, F32, Q8_0 or MXFP4 GGUF of the model")
             experts.setdefault(parsed[0], {})[parsed[1]] = tensor
         elif not _BY_LOGICAL_ID.fullmatch(name):
-            raise UserError(f"{path}: {name} seems to belong to routed experts in a way that rq-gguf does not know")
+            raise _unknown(path, name)
     if not experts:
         raise UserError(f"{path} has no routed experts: it is a dense model, and there is nothing to replicate")
     for layer, matrices in experts.items():
         _check_layer(path, layer, matrices, tensors)
+    for name, tensor in tensors.items():
+        block = _FFN.match(name)
+        if block is None or len(tensor.ne) != 3 or parse_expert_name(name) is not None or int(block[1]) not in experts:
+            continue
+        if tensor.ne[2] == experts[int(block[1])]["down"].ne[2]:
+            raise _unknown(path, name)
     return dict(sorted(experts.items()))
+
+
+def _first_mtp_block(header: Header) -> float:
+    """The block behind the model's own, from which on they predict further tokens; infinity where there is none."""
+    arch = header.get("general.architecture", "")
+    blocks, mtp = (header.integer(f"{arch}.{key}", 0) for key in ("block_count", "nextn_predict_layers"))
+    return blocks - mtp if mtp else math.inf
+
+
+def _unknown(path: Path, name: str) -> UserError:
+    return UserError(
+        f"{path}: {name} seems to belong to routed experts in a way that rq-gguf does not know, and with their order changed or copies of "
+        "them llama.cpp might take the wrong rows of it; quantize this model with llama-quantize"
+    )
 
 
 def _check_layer(path: Path, layer: int, matrices: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:

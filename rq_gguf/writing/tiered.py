@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from gguf.constants import GGUFValueType
 from numpy.typing import NDArray
 
 from rq_gguf import format as fmt
@@ -80,13 +81,15 @@ def open_tiered(path: Path) -> Tiered:
         raise UserError(f"{path} is part of a split model; put its files together with llama-gguf-split --merge first")
     if fmt.KEY_FORMAT_VERSION not in header.values:
         raise UserError(f"{path} holds no {fmt.KEY_FORMAT_VERSION}; it is a stock file")
-    version = header.get(fmt.KEY_FORMAT_VERSION)
-    if not isinstance(version, int) or version != fmt.FORMAT_VERSION:
+    version = _uint32(header, fmt.KEY_FORMAT_VERSION, 0)
+    if version != fmt.FORMAT_VERSION:
         raise UserError(f"{path} has {fmt.KEY_FORMAT_VERSION} {version}; this rq-gguf reads {fmt.FORMAT_VERSION}: get a newer one")
     dispatch = header.get(fmt.KEY_DISPATCH, fmt.DISPATCHES[0])
     if not isinstance(dispatch, str) or dispatch not in fmt.DISPATCHES:
         raise UserError(f"{path}: {fmt.KEY_DISPATCH} is {dispatch!r}; it can be {' or '.join(fmt.DISPATCHES)}")
-    header.integer(fmt.KEY_DISPATCH_BLOCK, fmt.DEFAULT_DISPATCH_BLOCK)
+    block = _uint32(header, fmt.KEY_DISPATCH_BLOCK, fmt.DEFAULT_DISPATCH_BLOCK)
+    if not 0 < block < 1 << 31:
+        raise UserError(f"{path}: {fmt.KEY_DISPATCH_BLOCK} is {block}; it must be 1 or more")
     header.integer(fmt.KEY_BUDGET_BYTES, 0)
 
     stacks: dict[int, dict[str, dict[int | None, Tensor]]] = {}
@@ -105,6 +108,14 @@ def open_tiered(path: Path) -> Tiered:
         raise UserError(f"{path}: block {min(stray)} has a map and no tiers")
     layers = tuple(_layer(header, layer, tiered[layer], maps.get(layer)) for layer in sorted(tiered))
     return Tiered(header, layers)
+
+
+def _uint32(header: Header, key: str, default: int) -> int:
+    """A value that llama.cpp reads, and takes in no other type."""
+    value = header.values.get(key)
+    if value is not None and value.type != GGUFValueType.UINT32:
+        raise UserError(f"{header.path}: {key} is of GGUF's type {value.type}, not a uint32")
+    return header.integer(key, default)
 
 
 def _layer(header: Header, layer: int, stacks: dict[str, dict[int | None, Tensor]], map_tensor: Tensor | None) -> TieredLayer:

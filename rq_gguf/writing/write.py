@@ -172,7 +172,10 @@ def _values(
     )
 
     blocks = source.header.integer(f"{source.shape.arch}.block_count", 0)
-    replicas = [0] * max(blocks, 1 + max(p.layer for p in plan.layers))
+    blocks = max(blocks, 1 + max(p.layer for p in plan.layers))
+    if blocks > len(source.tensors):
+        raise UserError(f"{source.path} is damaged: it claims {blocks} blocks and holds {len(source.tensors)} tensors")
+    replicas = [0] * blocks
     for p in plan.layers:
         replicas[p.layer] = sum(p.copies)
     values[fmt.KEY_FORMAT_VERSION] = gg.scalar(u32, fmt.FORMAT_VERSION)

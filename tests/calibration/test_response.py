@@ -1,15 +1,23 @@
 """What follows from a change, on small random models."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from tiny_models import N_EXPERT, tiny_model
 
-from rq_gguf.calibration.families import moe_blocks
+from rq_gguf.calibration.checkpoint import check_weights
+from rq_gguf.calibration.data import LayerCalibration
+from rq_gguf.calibration.families import FAMILIES, MoeBlock, moe_blocks
+from rq_gguf.calibration.feedback import layer_feedback
 from rq_gguf.calibration.imatrix import matrix_rows
 from rq_gguf.calibration.requantize import requantize
-from rq_gguf.calibration.response import divergence, flip_rate, measure_response, reference_type, scored_positions
+from rq_gguf.calibration.response import Variants, divergence, flip_rate, reference_type, scored_positions
 from rq_gguf.calibration.run import Observer
+from rq_gguf.calibration.spool import Spool
+from rq_gguf.calibration.stream import Streamed
 from rq_gguf.ggml import Ggml
 
 
@@ -32,39 +40,71 @@ def test_divergence_and_flips_by_hand() -> None:
     assert flip_rate(before, after) == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "ernie4_5_moe"])
-def test_response_of_a_model(family: str, ggml: Ggml) -> None:
-    model = tiny_model(family)
-    blocks = list(moe_blocks(model.model.layers, model.config))
-    ids = torch.from_numpy(np.random.default_rng(1).integers(0, 96, (4, 64)))
-    observer = Observer(blocks, ids.numel(), 16)
-    with torch.inference_mode(), observer.attached(model.model.layers):
-        observer.begin(ids.numel())
-        model(input_ids=ids, use_cache=False)
-    layers = [observer.layer(b) for b in blocks]
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    ticks: list[int] = []
+WHICH = {"gate": 0, "up": 1, "down": 2}
+
+
+def chosen_and_logits(model: Any, blocks: list[MoeBlock], ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """What every block chooses, and the model's logits."""
+    chosen: list[torch.Tensor] = []
+
+    def hook(block: MoeBlock) -> Any:
+        return lambda _, args: chosen.append(block.route(args[0].reshape(-1, args[0].shape[-1]))[0])
+
+    handles = [b.module.register_forward_pre_hook(hook(b)) for b in blocks]
     with torch.inference_mode():
         logits = model(input_ids=ids, use_cache=False).logits
-        found = measure_response(
-            model, blocks, layers, ids, ("q4_0", "q8_0"), ggml, n_tokens=ids.numel(), threads=2, tick=lambda: ticks.append(1)
-        )
-        assert torch.equal(model(input_ids=ids, use_cache=False).logits, logits)
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    n = len(blocks)
-    assert len(ticks) == 2 * n and found.type == "q4_0"
-    assert found.kld.shape == found.error.shape == (n, 2) and (found.kld > 0).all() and (found.error > 0).all()
-    assert found.flips.shape == (n, 2, n) and not found.flips[-1].any()
-    assert all(not found.flips[i, :, : i + 1].any() for i in range(n)) and (found.flips <= 1).all()
-    assert layers[0].n_expert == N_EXPERT
+    for handle in handles:
+        handle.remove()
+    return chosen, logits
 
-    # The same change made by hand, with nothing skipped.
-    index = n - 1
-    block = blocks[index]
-    for e in range(N_EXPERT):
-        _, _, down = block.expert(e)
-        down.copy_(torch.from_numpy(requantize(ggml, "q4_0", down.numpy(), matrix_rows(layers[index], "down")[e])))
-    with torch.inference_mode():
-        changed = model(input_ids=ids, use_cache=False).logits
-    expected = divergence(logits.log_softmax(-1)[:, 32:], changed.log_softmax(-1)[:, 32:])
-    assert found.kld[index, 1] == pytest.approx(expected, rel=1e-3)
+
+@pytest.mark.parametrize("family", ["mixtral", "ernie4_5_moe"])
+def test_response_of_a_model(family: str, ggml: Ggml, tmp_path: Path) -> None:
+    """Layer by layer, against the same changes made by hand in the whole model, with nothing skipped."""
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    ids = torch.from_numpy(np.random.default_rng(1).integers(0, 96, (4, 64)))
+    streamed = Streamed(tmp_path, check_weights(tmp_path), torch.device("cpu"))
+    observer = Observer(FAMILIES[family], ids.numel(), 16)
+    layers: list[LayerCalibration] = []
+    ticks: list[int] = []
+    with Spool(tmp_path, 1 << 20) as spool, torch.inference_mode():
+        variants = Variants([ids[:3], ids[3:]], "q4_0", spool, ggml, n_tokens=ids.numel(), threads=2)
+        hidden = None
+        for i in range(len(streamed)):
+            with streamed.layer(i):
+                block = next((b for b in moe_blocks(streamed.layers, streamed.config) if b.layer == i), None)
+                observer.begin(True, ids.numel())
+                with observer.attached(i, streamed.layers[i], block):
+                    hidden = streamed.through(i, ids, hidden)
+                if block is not None:
+                    layers.append(observer.take(block)[0])
+                variants.pass_layer(streamed, i, block, layers[-1] if block is not None else None, lambda: ticks.append(1))
+        streamed.load_head()
+        found = variants.finish(streamed)
+    n = len(layers)
+    assert len(ticks) == sum(1 + 2 * sum(layer.layer <= i for layer in layers) for i in range(len(streamed)))
+    assert found.type == "q4_0" and found.kld.shape == found.error.shape == (n, 2)
+    assert found.flips.shape == (n, 2, n) and not found.flips[-1].any() and (found.flips <= 1).all()
+    assert all(not found.flips[i, :, : i + 1].any() for i in range(n))
+
+    blocks = list(moe_blocks(model.model.layers, model.config))
+    before, logits = chosen_and_logits(model, blocks, ids)
+    for i, block in enumerate(blocks):
+        for g, names in enumerate((("gate", "up"), ("down",))):
+            kept = {m: [block.expert(e)[WHICH[m]].clone() for e in range(N_EXPERT)] for m in names}
+            for m in names:
+                for e in range(N_EXPERT):
+                    rows, feedback = matrix_rows(layers[i], m)[e], None if m == "down" else layer_feedback(layers[i])
+                    weight = block.expert(e)[WHICH[m]]
+                    weight.copy_(torch.from_numpy(requantize(ggml, "q4_0", weight.numpy(), rows, feedback)))
+            after, changed = chosen_and_logits(model, blocks, ids)
+            expected = divergence(logits.log_softmax(-1)[:, 32:], changed.log_softmax(-1)[:, 32:])
+            assert found.kld[i, g] == pytest.approx(expected, rel=1e-3)
+            assert found.flips[i, g].tolist() == pytest.approx(
+                [flip_rate(a, b) if j > i else 0 for j, (a, b) in enumerate(zip(before, after, strict=True))]
+            )
+            for m in names:
+                for e in range(N_EXPERT):
+                    block.expert(e)[WHICH[m]].copy_(kept[m][e])
+    assert (found.kld > 0).all() and (found.error > 0).all() and found.flips.any()

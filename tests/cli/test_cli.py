@@ -227,3 +227,10 @@ def test_a_reader_that_leaves_is_no_error(calibration: Path, tmp_path: Path) -> 
     err = process.stderr.read()
     process.wait(timeout=60)
     assert "Traceback" not in err and "Error" not in err
+
+
+def test_memory_is_a_size() -> None:
+    assert tuple(map(steps.parse_memory, (None, "4GB", "900MiB"))) == (None, 4 * 10**9, 900 << 20)
+    for text in ("q8_0", "4.5bpw", "much", "-1GB", "like:x"):
+        with pytest.raises(UserError, match=f"--max-memory {text} is not understood; give a size"):
+            steps.parse_memory(text)

@@ -46,6 +46,8 @@ class Job:
     capture: bool = False
     mmap: bool = True
     repack: bool = True
+    precise: bool = False
+    """Keys and values in F32, no flash attention."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,8 @@ class Llama:
         context.n_seq_max = 1 + max(s for step in job.steps for s in step.sequences)
         context.n_threads = context.n_threads_batch = job.threads
         context.kv_unified = True
+        if job.precise:
+            context.type_k = context.type_v = context.flash_attn_type = 0  # GGML_TYPE_F32, LLAMA_FLASH_ATTN_TYPE_DISABLED
         if job.capture:
             context.cb_eval = ctypes.cast(self._callback, ctypes.c_void_p)
         self._context = lib.llama_init_from_model(self._model, context)

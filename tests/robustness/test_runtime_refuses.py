@@ -5,6 +5,7 @@ Also run under AddressSanitizer by `tools/sanitize.sh`, which sets RQ_GGUF_SANIT
 
 import os
 import re
+import struct
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -13,11 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf.constants import GGUFValueType
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from rq_gguf import format as fmt
 from rq_gguf import gguf_file as gg
+from rq_gguf.errors import UserError
 from rq_gguf.gguf_file import Tensor, Value
 from rq_gguf.runtime.tools import tool_path
+from rq_gguf.writing.inspect import inspect
 
 
 @dataclass
@@ -191,3 +196,81 @@ def test_split_and_merge_keep_the_file(good, tmp_path, runtime):
     assert code == 0 and "error loading model" not in output, output[-2000:]
     subprocess.run([runtime / "llama-gguf-split", "--merge", parts[0], tmp_path / "merged.gguf"], check=True, capture_output=True)
     assert take_apart(tmp_path / "merged.gguf").data == take_apart(good).data
+
+
+def agrees(path: Path) -> None:
+    """What `rq-gguf inspect` refuses, llama.cpp refuses as it loads, and what that accepts loads and runs."""
+    try:
+        inspect(path)
+        why = ""
+    except UserError as e:
+        why = str(e)
+    code, output = load(path)
+    assert "AddressSanitizer" not in output and not re.search("tiers.*runtime error", output), output[-3000:]
+    assert code >= 0, f"killed by signal {-code}: {output[-2000:]}"
+    if why:
+        assert code != 0 and re.search("error loading model|failed to (load|read|open)", output), f"{why}, but: {output[-2000:]}"
+    else:
+        assert code == 0, output[-2000:]
+
+
+NUMBERS = st.one_of(st.integers(-3, 20), st.sampled_from([2**31 - 1, -(2**31), 255, 256, 4000]))
+SIZES = st.one_of(st.integers(1, 20), st.sampled_from([32, 64, 128, 255, 256, 257, 512]))
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_damage(good: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """One or two changes of map entries, counts, sizes, types, names, keys, or places of data."""
+    file = take_apart(good)
+    experts = [name for name in file.tensors if fmt.parse_expert_name(name) is not None]
+    maps = [name for name in file.tensors if fmt.parse_map_name(name) is not None]
+    shifted = 0
+    for _ in range(data.draw(st.integers(1, 2))):
+        what = data.draw(st.sampled_from(["cell", "cell", "ne", "type", "drop", "rename", "key", "offset", "map ne"]))
+        name = data.draw(st.sampled_from([n for n in (maps if what in ("cell", "map ne") else experts) if n in file.tensors]))
+        if what == "cell":
+            place = [data.draw(st.integers(0, size - 1)) for size in reversed(file.tensors[name].ne)]
+            file.table(fmt.parse_map_name(name) or 0, set_cell(place[0], place[1], place[2], data.draw(NUMBERS)))
+        elif what in ("ne", "map ne"):
+            ne = list(file.tensors[name].ne)
+            ne[data.draw(st.integers(0, len(ne) - 1))] = data.draw(SIZES)
+            try:
+                file.reshape(name, tuple(ne))
+            except UserError:
+                assume(False)  # rows of half a block cannot even be written
+        elif what == "type":
+            kind = data.draw(st.sampled_from(["f32", "f16", "i32", "i8", "q8_0", "q4_k", "q6_k", "f64"]))
+            file.reshape(name, file.tensors[name].ne, kind)
+        elif what == "drop":
+            del file.tensors[name]
+            experts, maps = [n for n in experts if n != name], [n for n in maps if n != name]
+        elif what == "rename":
+            layer, matrix, tier = fmt.parse_expert_name(name) or (0, "gate", 0)
+            new = fmt.tier_name(layer + data.draw(st.integers(0, 1)), matrix, (tier or 0) + data.draw(st.integers(0, 8)))
+            assume(new not in file.tensors)
+            file.rename(name, new)
+            experts = [new if n == name else n for n in experts]
+        elif what == "key":
+            key = data.draw(st.sampled_from([fmt.KEY_FORMAT_VERSION, fmt.KEY_DISPATCH_BLOCK, fmt.KEY_DISPATCH]))
+            number = gg.scalar(GGUFValueType.UINT32, data.draw(st.sampled_from([0, 1, 2, 2**31 - 1, 2**31, 2**32 - 1])))
+            file.values[key] = data.draw(
+                st.sampled_from([number, gg.string("primary"), gg.string("1"), gg.scalar(GGUFValueType.BOOL, True)])
+            )
+        else:
+            shifted = data.draw(st.sampled_from([1, 31, 32, 64, 2**31, 2**62]))
+    path = file.write(tmp_path / "damaged.gguf")
+    if shifted:
+        shift_offset(path, data.draw(st.sampled_from(list(file.tensors))), shifted)
+    agrees(path)
+
+
+def shift_offset(path: Path, name: str, by: int) -> None:
+    """Let a tensor's entry in the header point elsewhere."""
+    raw = bytearray(path.read_bytes())
+    at = raw.index(struct.pack("<Q", len(name)) + name.encode()) + 8 + len(name)
+    (n_dims,) = struct.unpack_from("<I", raw, at)
+    at += 4 + 8 * n_dims + 4
+    struct.pack_into("<Q", raw, at, struct.unpack_from("<Q", raw, at)[0] + by)
+    path.write_bytes(raw)

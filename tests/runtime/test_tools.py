@@ -130,6 +130,8 @@ def test_last_error():
     assert of("x\n", "error: unknown argument: --y\nusage: z\n") == "error: unknown argument: --y"
     log = "0.00.027.123 E llama_model_load: error loading model: tensor 'x' is corrupted\n0.00.027.213 E main: error: unable to load\n"
     assert of("", log) == "llama_model_load: error loading model: tensor 'x' is corrupted"
+    raised = "WARNING: Unknown RoPE type\nTraceback (most recent call last):\n  File 'x.py'\nKeyError: 'moe_topk'\n"
+    assert of("", raised) == "KeyError: 'moe_topk'"
 
 
 def test_doctor_says_what_is_missing(tmp_path, monkeypatch, capsys):

@@ -181,7 +181,10 @@ def test_broken_values(tmp_path):
             inspect(tiered(tmp_path / "x.gguf", values=lambda v: v.update({key: value})))
 
     refused("rq.format_version 2; this rq-gguf reads 1", fmt.KEY_FORMAT_VERSION, gg.scalar(GGUFValueType.UINT32, 2))
-    refused("rq.format_version one", fmt.KEY_FORMAT_VERSION, gg.string("one"))
+    refused("rq.format_version is of GGUF's type 8, not a uint32", fmt.KEY_FORMAT_VERSION, gg.string("one"))
+    refused("rq.format_version is of GGUF's type 7", fmt.KEY_FORMAT_VERSION, gg.scalar(GGUFValueType.BOOL, True))
+    for block in (0, 1 << 31):
+        refused(f"rq.dispatch_block is {block}; it must be 1 or more", fmt.KEY_DISPATCH_BLOCK, gg.scalar(GGUFValueType.UINT32, block))
     refused("rq.dispatch is 'random'", fmt.KEY_DISPATCH, gg.string("random"))
     refused("part of a split model", "split.count", gg.scalar(GGUFValueType.UINT16, 3))
     refused("rq.dispatch is", fmt.KEY_DISPATCH, gg.numbers(GGUFValueType.UINT32, [1, 2]))

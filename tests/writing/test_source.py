@@ -63,7 +63,10 @@ def test_refusals(tmp_path):
     refused(base_model(path, stored="q6_k"), "blk.0.ffn_gate_exps.weight is q6_k already; give an F16, BF16, F32, Q8_0 or MXFP4 GGUF")
     vector = np.ones((4, 8), dtype=np.float32)
     refused(base_model(path, extra={"blk.0.ffn_gate_exps.lora": vector}), "blk.0.ffn_gate_exps.lora seems to belong to routed experts")
-    refused(base_model(path, extra={"blk.0.ffn_sort_exps.weight": vector}), "blk.0.ffn_sort_exps.weight seems to belong")
+    for name in ("ffn_sort_exps.weight", "ffn_up_chexps.weight", "ffn_gate_tid2eid.weight", "attn_expert_bias.weight"):
+        refused(base_model(path, extra={f"blk.0.{name}": vector}), f"blk.0.{name} seems to belong")
+    stack = np.ones((4, 2, 8), dtype=np.float32)
+    refused(base_model(path, extra={"blk.1.ffn_mix.weight": stack}), "blk.1.ffn_mix.weight seems to belong .*; quantize this model with")
     refused(
         base_model(path, extra={"blk.0.ffn_gate.3.weight": vector}),
         r"holds every expert in a tensor of its own \(blk.0.ffn_gate.3.weight\)",
@@ -86,6 +89,21 @@ def test_known_tensors_by_logical_id(tmp_path):
     with Source(base_model(tmp_path / "base.gguf", extra=extra)) as source:
         assert extra.keys() <= source.tensors.keys()
         assert list(source.experts[0]) == ["gate", "down", "up"]
+
+
+def test_stacks_of_other_things_are_none_of_our_business(tmp_path):
+    """Heads, not experts; three matrices, not four; a dense block."""
+    stacks = {"blk.0.attn_k_b.weight": (4, 2, 8), "blk.0.ffn_mix.weight": (3, 2, 8), "blk.2.ffn_mix.weight": (4, 2, 8)}
+    extra = {name: np.ones(shape, dtype=np.float32) for name, shape in stacks.items()}
+    with Source(base_model(tmp_path / "base.gguf", extra=extra)) as source:
+        assert list(source.experts) == [0, 1] and not any(source.is_routed(name) for name in extra)
+
+
+def test_blocks_for_further_tokens_are_left_alone(tmp_path):
+    with Source(base_model(tmp_path / "base.gguf", layers=(0, 1, 2), values={"llama.nextn_predict_layers": 1})) as source:
+        assert list(source.experts) == [0, 1] == [s.layer for s in source.shape.layers]
+        assert source.is_routed("blk.1.ffn_up_exps.weight") and not source.is_routed("blk.2.ffn_up_exps.weight")
+        assert "blk.2.ffn_up_exps.weight" in source.tensors
 
 
 def test_split_files(tmp_path):

@@ -1,0 +1,75 @@
+"""How much memory a calibration takes, and what of it can be done without: hidden states go to disk, fewer sequences pass at a time."""
+
+import contextlib
+import ctypes
+import gc
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from rq_gguf.calibration.families import MoeBlock
+from rq_gguf.errors import UserError
+
+BATCH = 8
+"""Most sequences that pass at a time."""
+PROCESS = 500_000_000
+"""Python and torch, as measured."""
+LOADING = 1.35
+"""Memory while a layer is stacked from the checkpoint's tensors and converted, or while its down matrices are kept beside changed ones,
+over what the layer takes: measured 1.2."""
+_IN_MEMORY, _AT_ONCE = 1 << 26, 3 << 27  # for hidden states that wait, and for the sequences that pass at a time
+
+
+@dataclass(frozen=True)
+class Room:
+    """What fits."""
+
+    batch: int
+    """Sequences at a time."""
+    spool: int
+    """Bytes of hidden states that may wait in memory."""
+
+
+def room(
+    layers: Iterable[nn.Module],
+    front: int,
+    blocks: Iterable[MoeBlock],
+    *,
+    length: int,
+    sampled: int,
+    on_host: bool,
+    limit: int | None,
+) -> Room:
+    """What fits in `limit` bytes of memory, everything counted; without one, 0.4 GB for sequences and little for hidden states.
+
+    layers: decoder layers, perhaps without values. front: weights that are in memory beside a layer. blocks: their experts.
+    length: tokens of a sequence. sampled: tokens of a layer that are kept to measure on. on_host: the model computes on the CPU, in
+    float32; otherwise its layers are stacked in memory in a type of 16 bits, and what is computed lies on the device.
+    Raises UserError where not even one sequence at a time fits.
+    """
+    shapes = [(b.n_expert, b.top_k, *b.expert(0)[0].shape) for b in blocks]
+    n_embd = max(columns for *_, columns in shapes)
+    largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    size = 4 if on_host else 2
+    fixed = PROCESS + round(LOADING * size * largest) + 4 * sampled * n_embd + 48 * n_embd**2
+    fixed += size * front if on_host else 0
+    # Of each token, an expert's inputs, both halves of its inner outputs, what comes out; attention and the residual stream.
+    per_token = size * (12 * n_embd + max(top_k * (2 * n_embd + 3 * n_ff) for _, top_k, n_ff, _ in shapes)) if on_host else 2 * n_embd
+    per_sequence = length * per_token
+    if limit is None:
+        return Room(max(1, min(BATCH, _AT_ONCE // per_sequence)), _IN_MEMORY)
+    if fixed + per_sequence > limit:
+        raise UserError(
+            f"calibrating this model takes about {(fixed + per_sequence) / 1e9:.2f} GB, one layer at a time, and --max-memory allows "
+            f"{limit / 1e9:.2f}"
+        )
+    batch = max(1, min(BATCH, _AT_ONCE // per_sequence, (limit - fixed) // per_sequence))
+    return Room(batch, min(_IN_MEMORY, limit - fixed - batch * per_sequence))
+
+
+def release() -> None:
+    """Give back to the system what is free: modules refer to each other, and glibc keeps what threads have freed for them."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,109 @@
+"""Where hidden states wait for their next layer, and what is large in a result for its reader: in files without a name."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Key = tuple[Any, ...]
+
+
+class Spool:
+    """Tensors by key, on the host. Use it in a `with`: what is on disk is gone afterwards, however the program ends."""
+
+    def __init__(self, directory: Path | None, in_memory: int) -> None:
+        """directory: for the file, the system's temporary one if None. in_memory: bytes that may be held in memory."""
+        self._directory, self._room = directory, in_memory
+        self._held: dict[Key, Tensor] = {}
+        self._stored: dict[Key, tuple[int, torch.Size, torch.dtype]] = {}
+        self._free: dict[int, list[int]] = {}  # size -> places of that size in the file that nobody uses
+        self._file: IO[bytes] | None = None
+        self._end = 0
+
+    def __enter__(self) -> "Spool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.clear()
+        if self._file is not None:
+            self._file.close()
+
+    def put(self, key: Key, tensor: Tensor) -> None:
+        """Keep a tensor, instead of what the key had. Raises OSError where the disk is full."""
+        self.drop(key)
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.nbytes <= self._room:
+            self._room -= tensor.nbytes
+            # A view would keep all of its base alive.
+            self._held[key] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+            return
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115 (__exit__ closes it)
+        places = self._free.get(tensor.nbytes)
+        at = places.pop() if places else self._end
+        self._end = max(self._end, at + tensor.nbytes)
+        view, done = _bytes(tensor), 0
+        while done < len(view):
+            done += os.pwrite(self._file.fileno(), view[done:], at + done)
+        self._stored[key] = (at, tensor.shape, tensor.dtype)
+
+    def get(self, key: Key) -> Tensor:
+        """What was put there. Raises KeyError where there is nothing."""
+        if key in self._held:
+            return self._held[key]
+        at, shape, dtype = self._stored[key]
+        assert self._file is not None
+        tensor = torch.empty(shape, dtype=dtype)
+        view, done = _bytes(tensor), 0
+        while done < len(view):
+            n = os.preadv(self._file.fileno(), [view[done:]], at + done)
+            if n == 0:
+                raise OSError("a temporary file was truncated while it was used")
+            done += n
+        return tensor
+
+    def drop(self, key: Key) -> None:
+        """Forget a key, known or not."""
+        if key in self._held:
+            self._room += self._held.pop(key).nbytes
+        elif key in self._stored:
+            at, shape, dtype = self._stored.pop(key)
+            self._free.setdefault(shape.numel() * dtype.itemsize, []).append(at)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the host. numpy knows no bfloat16."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+class Shelf:
+    """Matrices of a result, in a file that is there as long as one of them can be asked for."""
+
+    def __init__(self, directory: Path | None) -> None:
+        """directory: the system's temporary one if None."""
+        self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 (nobody knows when the last matrix is read)
+
+    def keep(self, matrix: NDArray[np.float32]) -> Callable[[], NDArray[np.float32]]:
+        """What gives a copy of the matrix. Raises OSError where the disk is full."""
+        at = self._file.seek(0, os.SEEK_END)
+        view, shape = np.ascontiguousarray(matrix).data.cast("B"), matrix.shape
+        while view:
+            view = view[self._file.write(view) :]
+
+        def read() -> NDArray[np.float32]:
+            out = np.empty(shape, dtype=np.float32)
+            left, place = out.data.cast("B"), at
+            while left:
+                n = os.preadv(self._file.fileno(), [left], place)
+                if n == 0:
+                    raise OSError("a temporary file was truncated while it was used")
+                left, place = left[n:], place + n
+            return out
+
+        return read

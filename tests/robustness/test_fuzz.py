@@ -1,0 +1,22 @@
+"""A minute of fuzzing of the patched loader: see tools/fuzz.sh and fuzz_tiers.cpp. Longer: `bash tools/fuzz.sh 1800`."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = int(os.environ.get("RQ_GGUF_FUZZ_SECONDS", "60"))
+
+
+@pytest.mark.runtime
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("clang++-19") is None, reason="fuzzing needs clang-19 and its compiler-rt")
+def test_nothing_is_found(runtime: Path) -> None:
+    done = subprocess.run(["bash", "tools/fuzz.sh", str(SECONDS)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    runs = re.search(r"number_of_executed_units: (\d+)", done.stdout)
+    assert runs is not None and int(runs[1]) > 100, done.stdout[-1000:]
