@@ -1,4 +1,4 @@
-"""A minute of fuzzing of the patched loader: see tools/fuzz.sh and fuzz_tiers.cpp. Longer: `bash tools/fuzz.sh 1800`."""
+"""Fuzzing of the patched loader: see tools/fuzz.sh and fuzz_tiers.cpp. RQ_GGUF_FUZZ_SECONDS=60 python -m pytest tests/robustness/test_fuzz.py"""
 
 import os
 import re
@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = int(os.environ.get("RQ_GGUF_FUZZ_SECONDS", "60"))
+SECONDS = os.environ.get("RQ_GGUF_FUZZ_SECONDS")
 
 
 @pytest.mark.runtime
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("clang++-19") is None, reason="fuzzing needs clang-19 and its compiler-rt")
+@pytest.mark.skipif(
+    SECONDS is None, reason="fuzzing builds llama.cpp once more, with sanitizers (10 to 30 minutes): set RQ_GGUF_FUZZ_SECONDS=60"
+)
+@pytest.mark.skipif(shutil.which("clang++-19") is None, reason="fuzzing needs clang-19, libclang-rt-19-dev and lld-19")
 def test_nothing_is_found(runtime: Path) -> None:
     done = subprocess.run(["bash", "tools/fuzz.sh", str(SECONDS)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
