@@ -1,4 +1,7 @@
-"""Fuzzing of the patched loader: see tools/fuzz.sh and fuzz_tiers.cpp. RQ_GGUF_FUZZ_SECONDS=60 python -m pytest tests/robustness/test_fuzz.py"""
+"""Fuzzing of the patched loader: see tools/fuzz.sh and fuzz_tiers.cpp.
+
+RQ_GGUF_FUZZ_SECONDS=60 python -m pytest tests/robustness/test_fuzz.py
+"""
 
 import os
 import re
@@ -14,9 +17,7 @@ SECONDS = os.environ.get("RQ_GGUF_FUZZ_SECONDS")
 
 @pytest.mark.runtime
 @pytest.mark.slow
-@pytest.mark.skipif(
-    SECONDS is None, reason="fuzzing builds llama.cpp once more, with sanitizers (10 to 30 minutes): set RQ_GGUF_FUZZ_SECONDS=60"
-)
+@pytest.mark.skipif(SECONDS is None, reason="fuzzing builds llama.cpp once more, 10 to 30 minutes: set RQ_GGUF_FUZZ_SECONDS=60")
 @pytest.mark.skipif(shutil.which("clang++-19") is None, reason="fuzzing needs clang-19, libclang-rt-19-dev and lld-19")
 def test_nothing_is_found(runtime: Path) -> None:
     done = subprocess.run(["bash", "tools/fuzz.sh", str(SECONDS)], cwd=ROOT, capture_output=True, text=True, check=False)
