@@ -25,7 +25,7 @@ from rq_gguf.format import GROUPS, MAX_TIERS
 from rq_gguf.ggml import Ggml
 from rq_gguf.gguf_file import read_header, read_headers
 from rq_gguf.job import Job, file_hash, input_key, key
-from rq_gguf.planning.budget import Budget, ExpertShape, parse_budget
+from rq_gguf.planning.budget import Budget, ExpertShape, parse_budget, parse_size
 from rq_gguf.planning.file import read_plan, write_plan
 from rq_gguf.planning.plan import Plan
 from rq_gguf.planning.policy import AUTO, POLICIES, make_plan, parse_balance_weight, parse_max_tiers, parse_replicas, parse_target_kld
@@ -92,13 +92,10 @@ def parse_memory(text: str | None) -> int | None:
     """Bytes of a user's `--max-memory`, None where there is none. Raises UserError for what is no size."""
     if text is None:
         return None
-    try:
-        size = parse_budget(text)
-    except UserError:
-        size = None
-    if size is None or size.kind != "size":
+    size = parse_size(text)
+    if size is None:
         raise UserError(f"--max-memory {text} is not understood; give a size such as 4GB or 900MiB")
-    return int(size.value)
+    return size
 
 
 def measure_like(budget: str) -> str:

@@ -21,6 +21,7 @@ from rq_gguf.calibration.file import read_calibration
 from rq_gguf.evaluation.quality import compare
 from rq_gguf.ggml import Ggml
 from rq_gguf.planning.policy import make_plan
+from rq_gguf.rank_correlation import rank_correlation
 from rq_gguf.runtime.tools import library_path
 from rq_gguf.types import LADDER
 from rq_gguf.writing.write import write_model
@@ -51,11 +52,6 @@ def spread(calibration: Calibration, figure: Figure) -> Calibration:
         share = figure(layer) + 1e-9 * figure(layer).sum()
         layers.append(replace(layer, error=layer.error.sum(axis=0) * (share / share.sum())[:, None, None]))
     return replace(calibration, layers=tuple(layers))
-
-
-def rank_correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    first, second = (np.argsort(np.argsort(v)).astype(float) for v in (a, b))
-    return float(np.corrcoef(first, second)[0, 1]) if np.ptp(a) > 0 else float("nan")
 
 
 def main() -> None:

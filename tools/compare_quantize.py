@@ -22,6 +22,7 @@ from rq_gguf.build import build, check_choices
 from rq_gguf.defaults import OTHER
 from rq_gguf.evaluation.quality import N_CTX, compare, save_logits
 from rq_gguf.evaluation.text import mix, read_text
+from rq_gguf.rank_correlation import rank_correlation
 from rq_gguf.runtime.tools import run_tool
 from rq_gguf.writing.others import parse_others
 
@@ -92,10 +93,6 @@ class Bench:
         return self.measure(name, out, **figures)
 
 
-def ranks(values: list[float]) -> np.ndarray:
-    return np.argsort(np.argsort(values)).astype(float)
-
-
 def plot(results: dict[str, Any], file: Path) -> None:
     """Predicted against measured, and the line on which the rest of a file costs what the stock Q8_0 file's tensors cost."""
     import matplotlib
@@ -160,7 +157,7 @@ def main() -> None:
     print("\n| plan | bytes | copies | predicted, experts | measured |\n|:---|---:|---:|---:|---:|")
     for name, r in plans.items():
         print(f"| {name.removeprefix('ours ')} | {r['bytes']:,} | {r['copies']} | {r['predicted']:.5f} | {r['kld']:.5f} |")
-    rank = float(np.corrcoef(ranks(predicted), ranks(measured))[0, 1])
+    rank = rank_correlation(predicted, measured)
     print(
         f"\n{len(plans)} plans: rank correlation of predicted and measured KLD {rank:.3f}; stock Q8_0 has {bench.stock('q8_0')['kld']:.5f}"
     )

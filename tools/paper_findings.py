@@ -22,6 +22,7 @@ from rq_gguf.calibration.run import batches, cut, pick_device, tokenize
 from rq_gguf.calibration.wanda import wanda_importance
 from rq_gguf.evaluation.text import mix, read_text
 from rq_gguf.planning.load import copy_order, lis, place_copies, split_load
+from rq_gguf.rank_correlation import rank_correlation
 
 SEQUENCE = 512
 COPIES = 8
@@ -63,11 +64,6 @@ class Routing:
 
 def count(ids: NDArray[np.int64], n_expert: int) -> NDArray[np.int64]:
     return np.bincount(ids.reshape(-1), minlength=n_expert)
-
-
-def correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    first, second = (np.argsort(np.argsort(v)).astype(float) for v in (a, b))
-    return float(np.corrcoef(first, second)[0, 1])
 
 
 def main() -> None:
@@ -120,7 +116,7 @@ def main() -> None:
             sums = {"gate": s, "up": s, "down": (hidden[0] ** 2).numpy() * selections[e]}
             rows.append(wanda_importance({"gate": gate, "up": up, "down": down}, sums))
         score = np.array(rows)
-        figures.append(correlation(selections, score))
+        figures.append(rank_correlation(selections, score))
         hits += int(np.argsort(score).tolist().index(int(selections.argmax())) < block.n_expert // 4)
     print(f"(ii) rank correlation of selections with the Wanda score, mean over layers: {np.mean(figures):.2f} (least {min(figures):.2f});")
     print(f"     layers whose busiest expert is among the least important quarter: {hits} of {len(routing.blocks)}\n")

@@ -222,9 +222,14 @@ class MoeBlock:
         return ids, weights
 
 
+def decoder(model: Any) -> Any:
+    """The module that has the decoder layers: of a causal LM, or of the language model in one that sees and hears too."""
+    return getattr(model.model, "language_model", model.model)
+
+
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder layers of a causal LM, or of the language model in one that sees and hears too."""
-    return getattr(model.model, "language_model", model.model).layers
+    """The decoder layers."""
+    return decoder(model).layers
 
 
 def moe_blocks(layers: nn.ModuleList, config: Any) -> Iterator[MoeBlock]:

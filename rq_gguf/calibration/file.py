@@ -25,6 +25,7 @@ from rq_gguf.calibration.data import Calibration, LayerCalibration, Response
 from rq_gguf.calibration.imatrix_file import imatrix_of, is_dat, read_imatrix
 from rq_gguf.errors import UserError
 from rq_gguf.format import GROUPS
+from rq_gguf.types import check_type
 
 VERSION = 2
 _PREFIX = "rq.calibration."
@@ -171,6 +172,8 @@ def _calibration(content: _Content) -> Calibration:
     if version != VERSION:
         raise UserError(f"{content.path} has calibration version {version}, this program knows {VERSION}: calibrate again")
     types = tuple(content.text("types").split(",")) if content.text("types") else ()
+    for name in types:
+        check_type(name, f"the calibration {content.path}")
     n_embd, n_ff, merged = content.key("n_embd", int), content.key("n_ff", int), content.key("merged_gate_up", bool)
     experts = content.experts()
     layers = []

@@ -48,9 +48,7 @@ class Spool:
         places = self._free.get(tensor.nbytes)
         at = places.pop() if places else self._end
         self._end = max(self._end, at + tensor.nbytes)
-        view, done = _bytes(tensor), 0
-        while done < len(view):
-            done += os.pwrite(self._file.fileno(), view[done:], at + done)
+        _write(self._file, _bytes(tensor), at)
         self._stored[key] = (at, tensor.shape, tensor.dtype)
 
     def get(self, key: Key) -> Tensor:
@@ -60,12 +58,7 @@ class Spool:
         at, shape, dtype = self._stored[key]
         assert self._file is not None
         tensor = torch.empty(shape, dtype=dtype)
-        view, done = _bytes(tensor), 0
-        while done < len(view):
-            n = os.preadv(self._file.fileno(), [view[done:]], at + done)
-            if n == 0:
-                raise OSError("a temporary file was truncated while it was used")
-            done += n
+        _read(self._file, _bytes(tensor), at)
         return tensor
 
     def drop(self, key: Key) -> None:
@@ -82,6 +75,21 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
+def _write(file: IO[bytes], view: memoryview, at: int) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(file.fileno(), view[done:], at + done)
+
+
+def _read(file: IO[bytes], view: memoryview, at: int) -> None:
+    done = 0
+    while done < len(view):
+        n = os.preadv(file.fileno(), [view[done:]], at + done)
+        if n == 0:
+            raise OSError("a temporary file was truncated while it was used")
+        done += n
+
+
 class Shelf:
     """Matrices of a result, in a file that is there as long as one of them can be asked for."""
 
@@ -91,19 +99,12 @@ class Shelf:
 
     def keep(self, matrix: NDArray[np.float32]) -> Callable[[], NDArray[np.float32]]:
         """What gives a copy of the matrix. Raises OSError where the disk is full."""
-        at = self._file.seek(0, os.SEEK_END)
-        view, shape = np.ascontiguousarray(matrix).data.cast("B"), matrix.shape
-        while view:
-            view = view[self._file.write(view) :]
+        at, shape = self._file.seek(0, os.SEEK_END), matrix.shape
+        _write(self._file, np.ascontiguousarray(matrix).data.cast("B"), at)
 
         def read() -> NDArray[np.float32]:
             out = np.empty(shape, dtype=np.float32)
-            left, place = out.data.cast("B"), at
-            while left:
-                n = os.preadv(self._file.fileno(), [left], place)
-                if n == 0:
-                    raise OSError("a temporary file was truncated while it was used")
-                left, place = left[n:], place + n
+            _read(self._file, out.data.cast("B"), at)
             return out
 
         return read

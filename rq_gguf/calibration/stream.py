@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from rq_gguf.calibration.dequantize import dequantized, take_quantization
-from rq_gguf.calibration.families import decoder_layers
+from rq_gguf.calibration.families import decoder, decoder_layers
 from rq_gguf.calibration.memory import release
 from rq_gguf.errors import UserError
 
@@ -35,9 +35,8 @@ class Streamed:
         On a CPU, which is slow in bfloat16, everything is float32; elsewhere the checkpoint's own type keeps memory and, for routers,
         exactness. Raises UserError if the checkpoint does not fit the model it claims to be.
         """
-        transformers.utils.logging.disable_progress_bar()
         self.directory, self.device = directory, device
-        with self._loading():
+        with loading(self.directory):
             self.config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
             self._fp8_block = take_quantization(self.config)
             with torch.device("meta"):
@@ -123,7 +122,7 @@ class Streamed:
     def _front(self, head: bool) -> Any:
         """The model with all its layers on the meta device."""
         front = self._load(None, head=head)
-        _owner(front).layers = self.layers
+        decoder(front).layers = self.layers
         return front
 
     def _load(self, keep: int | None, *, head: bool) -> Any:
@@ -139,7 +138,7 @@ class Streamed:
                 _prune(self, keep, head)
 
         names = self._of_layer.get(keep, [])
-        with self._loading():
+        with loading(self.directory):
             with ExitStack() as stack:
                 files = {self._files[name] for name in names}
                 opened = {path: stack.enter_context(safe_open(path, "pt")) for path in files}
@@ -151,9 +150,7 @@ class Streamed:
                 kind = kinds.pop() if len(kinds) == 1 and keep is not None and self.device.type == "cpu" else self.dtype
                 part, info = Part.from_pretrained(None, config=config, state_dict=tensors, dtype=kind, output_loading_info=True)
                 del tensors, opened
-            missing = sorted(info["missing_keys"])
-            if missing:
-                raise UserError(f"the checkpoint in {self.directory} lacks tensor {missing[0]}")
+            check_complete(self.directory, info)
             # Copies: what was not converted lies in the mapped files, which let go of their memory with their last small tensor.
             for p in sorted([*part.parameters(), *part.buffers()], key=lambda t: t.numel()):
                 kind = torch.float32 if self.device.type == "cpu" and p.is_floating_point() else p.dtype
@@ -161,20 +158,6 @@ class Streamed:
         part.eval().requires_grad_(False)
         check_finite(part)
         return part
-
-    @contextmanager
-    def _loading(self) -> Iterator[None]:
-        """Errors of transformers as UserError, its warnings (of parts that are left out on purpose) off."""
-        before = transformers.utils.logging.get_verbosity()
-        transformers.utils.logging.set_verbosity_error()
-        try:
-            yield
-        except (OSError, ValueError, RuntimeError, KeyError) as e:
-            # Out of memory, on any device, is a RuntimeError too.
-            first = next(iter(str(e).strip().splitlines()), type(e).__name__)
-            raise UserError(f"{self.directory} cannot be loaded: {first}") from e
-        finally:
-            transformers.utils.logging.set_verbosity(before)
 
     def _stored_type(self, whole: nn.Module) -> torch.dtype:
         """The type that the checkpoint says it has, or that most of the first layer's tensors have."""
@@ -203,16 +186,33 @@ class Streamed:
                     raise UserError(f"the checkpoint in {self.directory} lacks tensor layers.{i}.{min(expected - held)}")
 
 
+@contextmanager
+def loading(directory: Path) -> Iterator[None]:
+    """transformers' errors as UserError, its warnings (of parts that are left out on purpose) and its bars off."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError) as e:
+        # Out of memory, on any device, is a RuntimeError too.
+        first = next(iter(str(e).strip().splitlines()), type(e).__name__)
+        raise UserError(f"{directory} cannot be loaded: {first}") from e
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+
+
+def check_complete(directory: Path, info: dict[str, Any]) -> None:
+    """Raise UserError for a tensor that transformers, by its loading info, looked for in vain."""
+    if info["missing_keys"]:
+        raise UserError(f"the checkpoint in {directory} lacks tensor {min(info['missing_keys'])}")
+
+
 class _Through(Exception):
     """A layer's output, on its way out of the forward pass."""
 
     def __init__(self, output: Tensor) -> None:
         self.output = output
-
-
-def _owner(model: Any) -> Any:
-    """The module that has the decoder layers: see families.decoder_layers."""
-    return getattr(model.model, "language_model", model.model)
 
 
 def _prune(model: Any, keep: int | None, head: bool) -> None:
@@ -223,7 +223,7 @@ def _prune(model: Any, keep: int | None, head: bool) -> None:
             layers[i] = nn.Identity()
     if not head:
         model.set_output_embeddings(nn.Identity())
-    owner = _owner(model)
+    owner = decoder(model)
     others = [(model.model, name) for name, m in model.model.named_children() if m is not owner] if owner is not model.model else []
     if keep is not None:
         others += [(owner, name) for name, m in owner.named_children() if m is not layers]

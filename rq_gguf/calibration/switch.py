@@ -24,7 +24,7 @@ from rq_gguf.calibration.measure import measure_layer
 from rq_gguf.calibration.memory import BATCH
 from rq_gguf.calibration.observe import Hidden
 from rq_gguf.calibration.requantize import Matrix
-from rq_gguf.calibration.stream import check_finite
+from rq_gguf.calibration.stream import check_complete, check_finite, loading
 from rq_gguf.calibration.wanda import wanda_importance
 from rq_gguf.errors import UserError
 from rq_gguf.ggml import Ggml
@@ -98,13 +98,9 @@ def calibrate_switch(
 
 def load_switch(directory: Path, device: torch.device, family: Family) -> tuple[Any, list[tuple[SwitchBlock, Any]]]:
     """(the model, its blocks with experts and the layers they stand in). Raises UserError for what does not fit the family."""
-    transformers.utils.logging.disable_progress_bar()
-    try:
+    with loading(directory):
         model, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as e:
-        raise UserError(f"{directory} cannot be loaded: {next(iter(str(e).strip().splitlines()), type(e).__name__)}") from e
-    if info["missing_keys"]:
-        raise UserError(f"the checkpoint in {directory} lacks tensor {sorted(info['missing_keys'])[0]}")
+    check_complete(directory, info)
     if model.config.dense_act_fn != "relu":
         raise UserError(f"{directory} has activation {model.config.dense_act_fn}, and rq-gguf knows Switch Transformers with relu only")
     model = model.to(device).eval().requires_grad_(False)

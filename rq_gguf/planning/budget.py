@@ -131,6 +131,15 @@ class Budget:
         return UserError(f"--budget {self.text} ({allowed} bytes of experts) cannot be met: the least possible is {least} bytes ({why})")
 
 
+def parse_size(text: str) -> int | None:
+    """Bytes of a size that a user gives, such as 4GB or 900MiB; None for anything else."""
+    try:
+        budget = parse_budget(text)
+    except UserError:
+        return None
+    return None if budget.kind != "size" or ":" in text else int(budget.value)
+
+
 def parse_budget(text: str) -> Budget:
     """A user's `--budget`: a type's name, a size in bytes, kB, MB, GB, KiB, MiB, GiB, ..., `<number>bpw`, or `like:NAME (N bytes)`, which
     is a size too (who asks for `like:FILE` has looked it up). UserError otherwise."""

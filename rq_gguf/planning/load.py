@@ -19,13 +19,13 @@ def lis(loads: NDArray[np.floating] | NDArray[np.integer], n_logical: int) -> fl
     return n_logical * float(loads.max()) / total if total > 0 else 1.0
 
 
-def split_load(selections: NDArray[np.integer], copies: NDArray[np.integer]) -> NDArray[np.float64]:
+def split_load(load: NDArray[np.floating] | NDArray[np.integer], copies: NDArray[np.integer]) -> NDArray[np.float64]:
     """[n_phys] load of every instance, an expert's instances side by side, each with the same part of its load (dispatch `balanced`).
 
-    selections, copies: [n_expert]; copies counts instances beyond the primary.
+    load, copies: [n_expert]; copies counts instances beyond the primary.
     """
     instances = np.asarray(copies) + 1
-    return np.repeat(np.asarray(selections, dtype=np.float64) / instances, instances)
+    return np.repeat(np.asarray(load, dtype=np.float64) / instances, instances)
 
 
 def copy_order(selections: NDArray[np.integer], most: int) -> NDArray[np.int64]:

@@ -1,5 +1,6 @@
 """From a file or a plan, and the calibration where there is one, to the figures of a report. Pure: no IO."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,10 +14,11 @@ from rq_gguf.errors import UserError
 from rq_gguf.format import GROUPS, MATRICES
 from rq_gguf.planning.budget import ExpertShape, expert_shape, layer_bytes, uniform_bytes
 from rq_gguf.planning.error import error_model, measured_error
-from rq_gguf.planning.load import lis
+from rq_gguf.planning.load import lis, split_load
 from rq_gguf.planning.plan import LayerPlan, Plan
 from rq_gguf.planning.policy import AUTO, make_plan
 from rq_gguf.planning.summary import plan_errors
+from rq_gguf.rank_correlation import rank_correlation
 from rq_gguf.report.data import Choice, Cover, Layer, Point, Report, Subject
 from rq_gguf.types import rank
 from rq_gguf.writing.tiered import Tiered, TieredLayer
@@ -175,8 +177,7 @@ def _layer(subject: Subject, i: int, kld: float | None) -> Layer:
         for t, n in count.items():
             by_type[t] += shape.stacked_bytes(g, t, n)
     load = None if subject.load is None else subject.load[i]
-    instances = np.array(plan.copies) + 1 if subject.dispatch == "balanced" else np.ones(shape.n_expert, dtype=np.int64)
-    split = None if load is None else np.repeat(load / instances, instances)
+    served = np.array(plan.copies) if subject.dispatch == "balanced" else np.zeros(shape.n_expert, dtype=np.int64)
     wanda = None if c is None else c.layers[i].wanda
     return Layer(
         layer=plan.layer,
@@ -185,7 +186,7 @@ def _layer(subject: Subject, i: int, kld: float | None) -> Layer:
         gate_up=plan.gate_up,
         down=plan.down,
         lis_before=None if load is None else lis(load, shape.n_expert),
-        lis_after=None if split is None else lis(split, shape.n_expert),
+        lis_after=None if load is None else lis(split_load(load, served), shape.n_expert),
         importance=tuple((wanda / wanda.mean()).tolist()) if wanda is not None and wanda.any() else None,
         bytes=layer_bytes(shape, plan),
         bytes_by_type={t: by_type[t] for t in sorted(by_type, key=rank)},
@@ -195,20 +196,9 @@ def _layer(subject: Subject, i: int, kld: float | None) -> Layer:
 
 def _correlation(layers: tuple[Layer, ...]) -> float | None:
     """Spearman's rank correlation of importance and load, mean over the layers where both vary."""
-    found = []
-    for layer in layers:
-        if layer.share is None or layer.importance is None:
-            continue
-        ranks = [_ranks(np.array(values)) for values in (layer.share, layer.importance)]
-        if all(r.std() > 0 for r in ranks):
-            found.append(float(np.corrcoef(ranks[0], ranks[1])[0, 1]))
+    known = [(layer.share, layer.importance) for layer in layers if layer.share is not None and layer.importance is not None]
+    found = [r for share, importance in known if math.isfinite(r := rank_correlation(share, importance))]
     return float(np.mean(found)) if found else None
-
-
-def _ranks(values: Floats) -> Floats:
-    """Ranks from 0, the mean of them for equal values."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
 
 
 def _coverage(subject: Subject) -> tuple[Cover, ...]:

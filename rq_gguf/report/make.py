@@ -15,7 +15,7 @@ from rq_gguf.errors import UserError
 from rq_gguf.format import KEY_CALIBRATION_HASH, KEY_FORMAT_VERSION, parse_expert_name
 from rq_gguf.gguf_file import read_header
 from rq_gguf.job import file_hash
-from rq_gguf.planning.budget import parse_budget
+from rq_gguf.planning.budget import parse_budget, parse_size
 from rq_gguf.planning.file import read_plan
 from rq_gguf.planning.policy import AUTO, make_plan
 from rq_gguf.report.colours import palette
@@ -25,7 +25,7 @@ from rq_gguf.report.gather import BUDGETS, gather, subject_of_file, subject_of_p
 from rq_gguf.report.page import page
 from rq_gguf.report.png import available, write_png
 from rq_gguf.report.svg import standalone
-from rq_gguf.types import LADDER, check_type, rank
+from rq_gguf.types import LADDER, rank
 from rq_gguf.writing.tiered import open_tiered
 
 log = logging.getLogger(__name__)
@@ -88,25 +88,14 @@ def write_figures(report: Report, directory: Path) -> list[Path]:
 
 
 def _size(text: str) -> int:
-    try:
-        size = parse_budget(text)
-    except UserError:
-        size = None
-    if size is None or size.kind != "size" or ":" in text:
+    size = parse_size(text)
+    if size is None:
         raise UserError(f"--vram {text} is not understood; give what is left for experts, such as 6GB or 900MiB")
-    return int(size.value)
+    return size
 
 
 def _is_statistics(path: Path) -> bool:
     return bool(read_header(path).get("general.type") == "imatrix")
-
-
-def _read(path: Path) -> Calibration:
-    """A calibration or imatrix whose types exist."""
-    c = read_any(path)
-    for name in c.types:
-        check_type(name, f"the calibration {path}")
-    return c
 
 
 def _of_calibration(path: Path, options: Options) -> Subject:
@@ -114,7 +103,7 @@ def _of_calibration(path: Path, options: Options) -> Subject:
         raise UserError(f"--calibration goes with a file that rq-gguf build wrote; {path} is a calibration itself")
     if options.plan is not None and options.budget is not None:
         raise UserError("--budget and --plan exclude each other: the plan has its budget")
-    c = _read(path)
+    c = read_any(path)
     if not c.layers:
         raise UserError(f"{path} holds no layer with routed experts: there is nothing to report")
     if options.plan is not None:
@@ -157,11 +146,11 @@ def _of_file(path: Path, options: Options) -> Subject:
 def _calibration_of(path: Path, sha256: str, given: Path | None) -> tuple[Calibration | None, tuple[str, ...]]:
     """(the calibration that a file was made with, notes for the reader): the user's, or the one in the file's job directory."""
     if given is not None:
-        c = _read(given)
+        c = read_any(given)
         same = file_hash(given) == sha256
         return c, () if same else (f"{path.name} was not made with {given.name}: what it predicts is predicted from other measurements",)
     beside = path.with_name(path.name + ".rq") / "calibration.gguf"
     if beside.is_file() and file_hash(beside) == sha256:
-        return _read(beside), ()
+        return read_any(beside), ()
     missing = "errors and importance are not known: they are in the calibration that the file was made with (--calibration)"
     return None, (missing,)

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 from rq_gguf.defaults import BALANCE_WEIGHT
+from rq_gguf.planning.allocate import KLD_FLOOR
 from rq_gguf.report.data import Report, covered
 
-_NOTICEABLE = 0.001  # nats: nobody can tell less (docs/planning.md)
 _FLAT = 1.15  # LIS below which there is nothing to even out
 _SAME_SIZE = 1.005  # a plan for one type's bytes may leave a few of them
 _WORTH = 0.9  # share of one type's KLD below which mixing types is said to pay
@@ -48,7 +48,7 @@ def copies_pay(r: Report) -> bool | None:
     LIS. None where that is unknown."""
     if r.plain is None or r.balanced is None or not r.balanced.copies:
         return None
-    cost = math.log((r.balanced.kld + _NOTICEABLE) / (r.plain.kld + _NOTICEABLE))
+    cost = math.log((r.balanced.kld + KLD_FLOOR) / (r.plain.kld + KLD_FLOOR))
     # Planning sees the tangent of the curve; plans that it makes at the margin must not be called worthless for a rounding.
     return cost <= BALANCE_WEIGHT * (r.plain.log_lis - r.balanced.log_lis) + 1e-3
 
@@ -85,8 +85,8 @@ def _copies(r: Report) -> Verdict:
     if pays:
         heading = "Copies help here"
         why = (
-            f"Nobody can tell a difference below {_NOTICEABLE:g} nats."
-            if b.kld - r.plain.kld < _NOTICEABLE
+            f"Nobody can tell a difference below {KLD_FLOOR:g} nats."
+            if b.kld - r.plain.kld < KLD_FLOOR
             else f"That is within the exchange rate of {BALANCE_WEIGHT:g} % of KL divergence for 1 % of imbalance."
         )
     else:

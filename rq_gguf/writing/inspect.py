@@ -9,7 +9,7 @@ import numpy as np
 
 from rq_gguf import format as fmt
 from rq_gguf.gguf_file import pad
-from rq_gguf.planning.load import lis
+from rq_gguf.planning.load import lis, split_load
 from rq_gguf.types import bits_per_weight
 from rq_gguf.writing.tiered import Tiered, TieredLayer, open_tiered
 
@@ -91,9 +91,7 @@ def _layer(file: Tiered, layer: TieredLayer) -> LayerInspection:
         size += pad(layer.table.nbytes, align)
     before = after = None
     if layer.load is not None:
-        load = layer.load.astype(np.float64)
-        instances = layer.copies + 1
-        before, after = lis(load, layer.n_expert), lis(np.repeat(load / instances, instances), layer.n_expert)
+        before, after = lis(layer.load, layer.n_expert), lis(split_load(layer.load, layer.copies), layer.n_expert)
     tiers = {group: tuple((t.type, t.ne[2]) for t in layer.group(g)) for g, group in enumerate(fmt.GROUPS)}
     return LayerInspection(layer.layer, layer.n_expert, tuple(layer.copies.tolist()), tiers, size, before, after)
 

@@ -91,6 +91,7 @@ def test_inconsistent_files(tmp_path: Path) -> None:
         (changed(c, error=-layer.error), "blk.0.rq.error holds negative"),
         (replace(c, merged_gate_up=True), "other layout"),
         (replace(c, types=("q4_k",)), "blk.0.rq.error is"),
+        (replace(c, types=(*c.types[1:], "q9_k")), "the calibration .*c.gguf: unknown type 'q9_k'"),
     ):
         write_calibration(path, bad)
         with pytest.raises(UserError, match=words):
