@@ -5,10 +5,10 @@
 MODEL: a Hugging Face directory. Stock files: the routed experts in one type beside Q8_0 for the rest, and llama-quantize's own mixtures
 Q4_K_M and Q3_K_M, all with llama-imatrix's imatrix of the whole calibration text. Ours: `rq-gguf build --budget like:STOCK.gguf` (at Q2_K
 its bytes plus 10 %), all other tensors in Q8_0, beside a mixture also in the types that it gives them (`--other`); without copies, from one
-calibration on the same text. Then more plans with copies and with fewer types or tiers, to see how predictions hold. Each file is compared
-with the unquantized model by llama-perplexity on the held-out texts, mixed. Everything is kept in DIR, and what is there is not made again.
-The table goes to stdout, all figures to DIR/results.json; `--plot FILE.svg` draws predicted against measured KL divergence of all plans
-that DIR has (needs matplotlib).
+calibration on the same text. Then more plans with copies and with fewer types or tiers, to see how predictions hold, and one from llama-
+imatrix's file alone. Each file is compared with the unquantized model by llama-perplexity on the held-out texts, mixed. Everything is kept
+in DIR, and what is there is not made again. The table goes to stdout, all figures to DIR/results.json; `--plot FILE.svg` draws predicted
+against measured KL divergence of all plans that DIR has (needs matplotlib).
 """
 
 import argparse
@@ -79,15 +79,23 @@ class Bench:
         return self.results.get(f"stock {kind}") or self.measure(f"stock {kind}", file)
 
     def ours(
-        self, name: str, budget: str, replicas: str = "0", types: str | None = None, tiers: str | None = None, other: str = OTHER
+        self,
+        name: str,
+        budget: str,
+        replicas: str = "0",
+        types: str | None = None,
+        tiers: str | None = None,
+        other: str = OTHER,
+        statistics: Path | None = None,
     ) -> dict[str, Any]:
-        """A plan's file; overwritten by the next."""
+        """A plan's file; overwritten by the next. statistics: an imatrix instead of the calibration."""
         if name in self.results:
             return dict(self.results[name])
         out = self.folder / "plan.gguf"
         choices = check_choices(budget, types, replicas, "budget", tiers)
         others = parse_others(other)
-        report = build(str(self.base), out, choices, calibration=self.calibration, others=others, force=True, say=lambda line: None)
+        source = statistics or self.calibration
+        report = build(str(self.base), out, choices, calibration=source, others=others, force=True, say=lambda line: None)
         s = report.plan.summary
         figures = {"predicted": s["predicted_kld"], "copies": s["copies"], "types": s["instances_by_type"], "budget": budget}
         return self.measure(name, out, **figures)
@@ -152,6 +160,7 @@ def main() -> None:
         return
     for budget, replicas, types, tiers in FURTHER:
         bench.ours(f"ours {budget}, {replicas} copies, {types or 'ladder'}, {tiers or 'default'} tiers", budget, replicas, types, tiers)
+    alone = bench.ours("imatrix alone at q4_k", str(bench.stock("q4_k")["bytes"]), types=K_QUANTS, statistics=bench.folder / "imatrix.gguf")
     plans = {name: r for name, r in bench.results.items() if name.startswith("ours") and "others alike" not in name}
     predicted, measured = ([r[key] for r in plans.values()] for key in ("predicted", "kld"))
     print("\n| plan | bytes | copies | predicted, experts | measured |\n|:---|---:|---:|---:|---:|")
@@ -159,6 +168,7 @@ def main() -> None:
         print(f"| {name.removeprefix('ours ')} | {r['bytes']:,} | {r['copies']} | {r['predicted']:.5f} | {r['kld']:.5f} |")
     rank = rank_correlation(predicted, measured)
     print(
+        f"\nAt Q4_K's bytes, K-quants only, from llama-imatrix's file alone (--imatrix): {alone['kld']:.5f} in {alone['bytes']:,} bytes"
         f"\n{len(plans)} plans: rank correlation of predicted and measured KLD {rank:.3f}; stock Q8_0 has {bench.stock('q8_0')['kld']:.5f}"
     )
     if bench.args.plot:

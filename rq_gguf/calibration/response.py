@@ -109,7 +109,7 @@ class Variants:
             if block is not None and layer is not None:
                 # down first: gate and up need not be restored, nobody uses the layer again.
                 for g in (1, 0):
-                    kept = _change(block, layer, GROUPS[g], self._kind, self._ggml, self._threads)
+                    kept = change(block, layer, GROUPS[g], self._kind, self._ggml, self._threads)
                     after = self._pass(model, i, block, here, (i, g))
                     energy = _energy(after.output, before.output) / self._passed
                     self._variants[i, g] = _Variant(energy * self._n_tokens / layer.residual_energy)
@@ -186,7 +186,7 @@ def _watched(block: MoeBlock | None, seen: _Seen) -> Iterator[None]:
             handle.remove()
 
 
-def _change(block: MoeBlock, layer: LayerCalibration, group: str, kind: str, ggml: Ggml, threads: int) -> list[tuple[Tensor, Tensor]]:
+def change(block: MoeBlock, layer: LayerCalibration, group: str, kind: str, ggml: Ggml, threads: int) -> list[tuple[Tensor, Tensor]]:
     """Give all experts of a block the matrices of a group as they come back from a type. (weight, what it was before) each; nothing for
     gate and up."""
     names = ("down",) if group == "down" else ("gate", "up")
@@ -194,7 +194,7 @@ def _change(block: MoeBlock, layer: LayerCalibration, group: str, kind: str, ggm
     index = {"gate": 0, "up": 1, "down": 2}
     kept: list[tuple[Tensor, Tensor]] = []
 
-    def change(e: int) -> None:
+    def one(e: int) -> None:
         with torch.inference_mode():
             for m in names:
                 weight = block.expert(e)[index[m]]
@@ -203,7 +203,7 @@ def _change(block: MoeBlock, layer: LayerCalibration, group: str, kind: str, ggm
                 back = requantize(ggml, kind, weight.float().cpu().numpy(), importance[m][e], feedback)
                 weight.copy_(torch.from_numpy(back))
 
-    in_threads(change, block.n_expert, threads, lambda: None)
+    in_threads(one, block.n_expert, threads, lambda: None)
     return kept
 
 
