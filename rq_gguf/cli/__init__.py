@@ -1,0 +1,3 @@
+"""The command line."""
+
+from rq_gguf.cli.group import main as main
