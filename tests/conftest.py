@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from rq_gguf.errors import UserError
 from rq_gguf.runtime import tools
@@ -14,6 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A shell starts background jobs with SIGINT ignored and children inherit that: tests of Ctrl-C could not work there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples in every run, so that a run says something about a change; RQ_GGUF_EXPLORE=1 draws new ones.
+settings.register_profile("repeatable", derandomize=True)
+if os.environ.get("RQ_GGUF_EXPLORE") != "1":
+    settings.load_profile("repeatable")
 
 
 def need(present: bool, reason: str) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from rq_gguf import format as fmt
 from rq_gguf.errors import UserError
 from rq_gguf.gguf_file import Header, Tensor, read_header
+from rq_gguf.types import QUANTIZABLE
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ def _layer(header: Header, layer: int, stacks: dict[str, dict[int | None, Tensor
         matrices[matrix] = tuple(numbered[n] for n in numbers)
         first = matrices[matrix][0]
         for tier in matrices[matrix]:
+            if tier.type not in QUANTIZABLE:
+                raise UserError(f"{where}: {tier.name} has type {tier.type}, which is none of weights")
             if len(tier.ne) != 3 or tier.ne[:2] != first.ne[:2]:
                 raise UserError(f"{where}: {tier.name} is {list(tier.ne)}, unlike {first.name} with {list(first.ne)}")
     _check_shapes(where, matrices)

@@ -77,6 +77,7 @@ def swap_copy_for_double(table: np.ndarray) -> None:
 
 
 FIRST, SECOND = fmt.tier_name(1, "gate", 0), fmt.tier_name(1, "gate", 1)
+DOWN = fmt.tier_name(1, "down", 0)
 
 DAMAGE: dict[str, tuple[Callable[[File], None], str]] = {
     "version": (
@@ -109,6 +110,11 @@ DAMAGE: dict[str, tuple[Callable[[File], None], str]] = {
         "layer 1: the tiers of .* differ",
     ),
     "tier of no weights": (lambda f: f.reshape(SECOND, f.tensors[SECOND].ne, "i32"), "blk.1.ffn_gate_exps.1.weight.* none of weights"),
+    "tier of a type for activations": (
+        lambda f: f.reshape(SECOND, f.tensors[SECOND].ne, "q8_1"),
+        "blk.1.ffn_gate_exps.1.weight.* none of weights",
+    ),
+    "down of no weights": (lambda f: f.reshape(DOWN, f.tensors[DOWN].ne, "i32"), "blk.1.ffn_down_exps.0.weight.* none of weights"),
     "tier missing": (lambda f: f.tensors.pop(SECOND) and None, "layer 1: the tiers of .* differ"),
     "gap in the tiers": (lambda f: f.rename(FIRST, fmt.tier_name(1, "gate", 5)), "wrong number of tensors"),
     "a tensor too many": (lambda f: f.rename("output_norm.weight", "blk.0.ffn_gate_exps.9.weight"), "output_norm|wrong number of tensors"),
@@ -150,7 +156,10 @@ def test_damage_is_refused(good, tmp_path, name):
     change, why = DAMAGE[name]
     file = take_apart(good)
     change(file)
-    check_refused(file.write(tmp_path / "damaged.gguf"), why)
+    path = file.write(tmp_path / "damaged.gguf")
+    with pytest.raises(UserError, match="damaged.gguf"):
+        inspect(path)
+    check_refused(path, why)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
@@ -241,7 +250,7 @@ def test_random_damage(good: Path, tmp_path: Path, data: st.DataObject) -> None:
             except UserError:
                 assume(False)  # rows of half a block cannot even be written
         elif what == "type":
-            kind = data.draw(st.sampled_from(["f32", "f16", "i32", "i8", "q8_0", "q4_k", "q6_k", "f64"]))
+            kind = data.draw(st.sampled_from(["f32", "f16", "i32", "i8", "q8_0", "q8_1", "q8_k", "q4_k", "q6_k", "f64"]))
             file.reshape(name, file.tensors[name].ne, kind)
         elif what == "drop":
             del file.tensors[name]
