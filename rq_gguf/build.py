@@ -4,7 +4,6 @@ import hashlib
 import logging
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,119 +14,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rq_gguf.calibration.data import Calibration
-from rq_gguf.calibration.file import KEY_TYPES, read_any, write_calibration
-from rq_gguf.calibration.imatrix_file import is_dat
+from rq_gguf.calibration.file import KEY_TYPES, write_calibration
+from rq_gguf.choices import Choices
 from rq_gguf.defaults import TOKENS
 from rq_gguf.errors import UserError
 from rq_gguf.evaluation.quality import compare, save_logits
 from rq_gguf.evaluation.text import CHARACTERS_PER_CHUNK, hold_out
-from rq_gguf.format import GROUPS, MAX_TIERS
 from rq_gguf.ggml import Ggml
-from rq_gguf.gguf_file import read_header, read_headers
+from rq_gguf.gguf_file import read_header
+from rq_gguf.inputs import (
+    check_family,
+    check_space,
+    gguf_of,
+    is_finished,
+    model_directory,
+    model_name,
+    need_space,
+    prepare,
+    read_finished,
+    read_text,
+    without_copies,
+)
 from rq_gguf.job import Job, file_hash, input_key, key
-from rq_gguf.planning.budget import Budget, ExpertShape, parse_budget, parse_size
 from rq_gguf.planning.file import read_plan, write_plan
 from rq_gguf.planning.plan import Plan
-from rq_gguf.planning.policy import AUTO, POLICIES, make_plan, parse_balance_weight, parse_max_tiers, parse_replicas, parse_target_kld
+from rq_gguf.planning.policy import make_plan
 from rq_gguf.runtime.tools import library_path, tool_path
 from rq_gguf.target import OTHER_KLD, Attempt, approach
-from rq_gguf.types import LADDER, PAPER_TYPES, bits_per_weight, fallback_note, parse_types, rank
+from rq_gguf.types import LADDER, fallback_note, parse_types
 from rq_gguf.writing.convert import convert_base
 from rq_gguf.writing.dialect import check_convertible
-from rq_gguf.writing.others import Others, fixed_bytes, stored_types
+from rq_gguf.writing.others import Others
 from rq_gguf.writing.source import Source
-from rq_gguf.writing.write import WriteReport, check_calibration, write_model
+from rq_gguf.writing.write import WriteReport, write_model
 
 log = logging.getLogger(__name__)
 
-DATA = Path(__file__).parent / "data"
-DEMO = "demo"
-_GB = 1e9
 _MOST_CHUNKS = 120  # of 512 tokens, that a target is measured on
-
-
-@dataclass(frozen=True)
-class Choices:
-    """A user's choices for a plan, checked. Make one with `check_choices`."""
-
-    budget: Budget
-    types: tuple[str, ...]
-    """Empty where the user named none: `types_for` fills them in."""
-    replicas: str | int
-    policy: str
-    max_tiers: int
-    balance_weight: float
-    target_kld: float | None
-    """Nats; the budget does not count then."""
-
-
-def check_choices(
-    budget: str,
-    types: str | None,
-    replicas: str,
-    policy: str,
-    max_tiers: str | None = None,
-    balance_weight: str | None = None,
-    target_kld: str | None = None,
-) -> Choices:
-    """types, max_tiers, balance_weight, target_kld: None where the user named none. Raises UserError for a choice that cannot be
-    understood."""
-    if policy not in POLICIES:
-        raise UserError(f"--policy {policy} is unknown; choose {' or '.join(POLICIES)}")
-    if target_kld is not None and policy == "paper":
-        raise UserError("--policy paper looks at no error; --target-kld needs --policy budget")
-    copies = parse_replicas(replicas, policy)
-    return Choices(
-        parse_budget(measure_like(budget)),
-        parse_types(types) if types else (),
-        copies,
-        policy,
-        parse_max_tiers(max_tiers, policy),
-        parse_balance_weight(balance_weight, policy, copies),
-        None if target_kld is None else parse_target_kld(target_kld),
-    )
-
-
-def parse_memory(text: str | None) -> int | None:
-    """Bytes of a user's `--max-memory`, None where there is none. Raises UserError for what is no size."""
-    if text is None:
-        return None
-    size = parse_size(text)
-    if size is None:
-        raise UserError(f"--max-memory {text} is not understood; give a size such as 4GB or 900MiB")
-    return size
-
-
-def measure_like(budget: str) -> str:
-    """A `--budget like:FILE` with the file's bytes, as budget.parse_budget takes it; other budgets as they are.
-
-    Raises UserError where the file is no GGUF.
-    """
-    kind, separator, name = budget.strip().partition(":")
-    if kind.lower() != "like" or not separator:
-        return budget
-    path = Path(name).expanduser()
-    try:
-        return f"like:{path.name} ({sum(header.size for header in read_headers(path))} bytes)"
-    except UserError as e:
-        raise UserError(f"--budget {budget}: {e}; give a GGUF whose size is to be met") from e
-
-
-def types_for(choices: Choices, measured: tuple[str, ...], source: Source | None) -> tuple[str, ...]:
-    """The types that experts may take: the user's, or else what fits the policy, the calibration and the base model.
-
-    measured: those of a finished calibration file, empty where there is none.
-    """
-    if choices.types:
-        return choices.types
-    if choices.policy == "paper":
-        return PAPER_TYPES
-    if measured:
-        return measured
-    if source is not None and {t.type for matrices in source.experts.values() for t in matrices.values()} == {"mxfp4"}:
-        # Nothing is more precise than the type that the weights come in.
-        return (*(t for t in LADDER if rank(t) < rank("mxfp4")), "mxfp4")
-    return LADDER
 
 
 @dataclass(frozen=True)
@@ -189,10 +112,10 @@ def build(
             raise UserError(f"{what} {path} does not exist")
     if imatrix is not None and calibration is not None:
         raise UserError("--calibration and --imatrix exclude each other: give the text or the finished statistics")
-    if imatrix is not None and not _is_finished(imatrix):
+    if imatrix is not None and not is_finished(imatrix):
         raise UserError(f"--imatrix {imatrix} is no imatrix; a text to calibrate on goes with --calibration")
-    finished = imatrix or (calibration if calibration is not None and _is_finished(calibration) else None)
-    source_file = _gguf(model)
+    finished = imatrix or (calibration if calibration is not None and is_finished(calibration) else None)
+    source_file = gguf_of(model)
     if source_file is not None and finished is None:
         what = "a calibration file" if calibration is None else "a calibration file instead of a text"
         raise UserError(f"{model} is a GGUF, which this tool cannot pass text through: give {what} (--calibration, or --imatrix)")
@@ -211,9 +134,9 @@ def build(
     job = Job(out, force=force, say=say)
     with job.locked():
         ggml = Ggml(library)
-        _check_space(job, directory or source_file, choices, convert=directory is not None)
+        check_space(job, directory or source_file, choices, convert=directory is not None)
         if directory is not None and finished is None and not (job.directory / "calibration.gguf").exists():
-            _check_family(directory)  # importing torch takes seconds: not for what was calibrated before
+            check_family(directory)  # importing torch takes seconds: not for what was calibrated before
 
         needs_base = (
             not dry_run or finished is not None or (choices.budget.kind == "size" and choices.target_kld is None) or plan is not None
@@ -225,21 +148,21 @@ def build(
                 base = job.directory / "base.gguf"
                 job.step("convert", base, base_key, lambda: convert_base(directory, job.directory / "base.gguf", allow_pickle=allow_pickle))
 
-        known = _read_finished(finished, base) if finished is not None else None
-        choices, other_bytes = _prepare(choices, known, base, others, plan)
+        known = read_finished(finished, base) if finished is not None else None
+        choices, other_bytes = prepare(choices, known, base, others, plan)
         if finished is not None and known is not None and known.types:
             path, measured = finished, known
         else:
             path = job.directory / "calibration.gguf"
             if finished is not None and known is not None:
                 assert base is not None  # needs_base
-                _measure_once(job, path, _model_name(model), base, [base_key, file_hash(finished)], known, choices.types, ggml)
+                _measure_once(job, path, model_name(model), base, [base_key, file_hash(finished)], known, choices.types, ggml)
             else:
                 assert directory is not None and text is not None
-                _calibrate_once(job, path, _model_name(model), directory, base_key, text, choices.types, ggml, max_memory)
-            measured = _read_finished(path, base)
+                _calibrate_once(job, path, model_name(model), directory, base_key, text, choices.types, ggml, max_memory)
+            measured = read_finished(path, base)
         if not measured.load_known and plan is None:
-            choices = _without_copies(choices, finished or path)
+            choices = without_copies(choices, finished or path)
         if aimed:
             assert base is not None and held_out is not None  # needs_base
             planned, written = build_to_target(job, base, base_key, choices, measured, path, others, held_out, other_bytes, ggml)
@@ -254,7 +177,7 @@ def build(
             assert base is not None
             write_key = key([base_key, plan_key, file_hash(path), others.file_type, others.texts])
             if not job.is_done("write", out, write_key):
-                _need_space(out.parent, planned.expert_bytes + other_bytes, f"writing {out.name}")
+                need_space(out.parent, planned.expert_bytes + other_bytes, f"writing {out.name}")
             name = (finished or path).name
             job.step(
                 "write",
@@ -274,7 +197,7 @@ def calibrate_model(
     """`rq-gguf calibrate`: measure a Hugging Face model on a text and write the calibration file. max_memory: bytes. Raises UserError."""
     names = parse_types(types) if types else LADDER
     content = read_text(text)
-    if _gguf(model) is not None:
+    if gguf_of(model) is not None:
         raise UserError(
             f"{model} is a GGUF; calibration needs the Hugging Face model (or use llama-imatrix, whose file build takes as well)"
         )
@@ -286,7 +209,7 @@ def calibrate_model(
 
     work = out.absolute().parent
     made = calibrate(directory, content, tokens=tokens, device=device, types=names, ggml=ggml, work=work, max_memory=max_memory)
-    result = replace(made, model=_model_name(model))
+    result = replace(made, model=model_name(model))
     write_calibration(out, result)
     return result
 
@@ -306,12 +229,12 @@ def plan_calibration(
         )
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out} cannot be written: its directory does not exist")
-    measured = _read_finished(calibration, base)
-    choices, other_bytes = _prepare(choices, measured, base, others or Others(), None)
+    measured = read_finished(calibration, base)
+    choices, other_bytes = prepare(choices, measured, base, others or Others(), None)
     if not measured.types:
         log.warning("%s measured no errors (it is a plain imatrix): typical ones stand in for them; `rq-gguf build` measures", calibration)
     if not measured.load_known:
-        choices = _without_copies(choices, calibration)
+        choices = without_copies(choices, calibration)
     planned = _make(choices, measured, file_hash(calibration), other_bytes)
     write_plan(out, planned, measured)
     return planned, remarks_on(measured, choices.types)
@@ -324,119 +247,6 @@ def remarks_on(measured: Calibration, types: tuple[str, ...]) -> Remarks:
     if not measured.load_known:
         notes.append("the calibration does not say how often each expert is picked: balance is unknown, and nothing was copied for it")
     return Remarks(tuple(note for note in notes if note is not None), measured.load_known)
-
-
-def read_text(path: Path | None) -> str:
-    """A calibration text: the user's, or without one the project's own, with a warning. Raises UserError."""
-    if path is None:
-        log.warning(
-            "no calibration text given: using the project's own (public-domain prose). Which experts are busy depends on the subject, so a "
-            "text of your own kind is better"
-        )
-        return "\n\n".join(p.read_text(encoding="utf-8") for p in sorted((DATA / "calibration").glob("*.txt")))
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text; convert it, or give a calibration GGUF") from e
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}") from e
-
-
-def model_directory(model: str) -> Path:
-    """The directory of `demo`, of a Hugging Face directory, or of a hub id (downloaded where needed). Raises UserError."""
-    from rq_gguf.calibration.checkpoint import resolve_model
-
-    return DATA / DEMO if model == DEMO else resolve_model(model)
-
-
-def _model_name(model: str) -> str:
-    """A model's name for people: demo, the directory's or file's name, or the hub id."""
-    path = Path(model)
-    if model == DEMO or not path.exists():
-        return model
-    return path.resolve().name if path.is_dir() else path.stem
-
-
-def _is_finished(path: Path) -> bool:
-    """True for statistics of any kind, False for a text."""
-    with path.open("rb") as f:
-        return f.read(4) == b"GGUF" or path.suffix in (".gguf", ".dat", ".imatrix") or is_dat(path)
-
-
-def _gguf(model: str) -> Path | None:
-    """The path of a model that is a file, None for directories and hub ids; UserError for what can be neither."""
-    path = Path(model)
-    if path.is_file():
-        return path
-    if not path.exists() and model != DEMO and (path.suffix == ".gguf" or model.count("/") != 1 or model.startswith((".", "/", "~"))):
-        raise UserError(f"{model} does not exist; MODEL is demo, a directory, a hub id (owner/name), or a GGUF")
-    return None
-
-
-def _check_family(directory: Path) -> None:
-    """Refuse a dense or unknown model before anything long."""
-    from rq_gguf.calibration.checkpoint import read_config
-    from rq_gguf.calibration.families import family_of
-
-    family_of(read_config(directory), str(directory))
-
-
-def _check_same_model(source: Source, calibration: Calibration, path: Path) -> None:
-    shapes = [shape.layer for shape in source.shape.layers]
-    known = [layer.layer for layer in calibration.layers]
-    if known != shapes:
-        raise UserError(f"{path} is a calibration of another model: it has blocks {known}, {source.path} has {shapes}")
-    check_calibration(source, calibration, shapes)
-
-
-def _read_finished(path: Path, base: Path | None) -> Calibration:
-    """A calibration or imatrix, checked against the base model where that is known, and what it lacks taken from there."""
-    if base is None:
-        return read_any(path)
-    with Source(base) as source:
-        found = read_any(path, source.shape.layers[0].n_expert)
-        _check_same_model(source, found, path)
-        n_used = found.n_expert_used or source.header.integer(f"{source.shape.arch}.expert_used_count", 0)
-        return replace(found, merged_gate_up=source.shape.merged_gate_up, n_expert_used=n_used)
-
-
-def _prepare(choices: Choices, known: Calibration | None, base: Path | None, others: Others, plan: Path | None) -> tuple[Choices, int]:
-    """(the choices with their types, bytes of the file without its experts or 0 where the base is unknown), before anything long.
-
-    known: the user's own calibration or imatrix. Raises UserError for types of other tensors that cannot be, and for a budget that
-    cannot be met.
-    """
-    measured = known.types if known is not None else ()
-    if base is None:
-        return replace(choices, types=types_for(choices, measured, None)), 0
-    with Source(base) as source:
-        choices = replace(choices, types=types_for(choices, measured, source))
-        tiers = MAX_TIERS if plan is not None else min(MAX_TIERS, len(choices.types))
-        other_bytes = fixed_bytes(source, stored_types(source, others), tiers, others)
-        if plan is None:
-            first, n_layers = source.shape.layers[0], len(source.shape.layers)
-            shape = ExpertShape(first.n_expert, first.n_embd, first.n_ff, source.shape.merged_gate_up)
-            _check_budget(choices, shape, n_layers, other_bytes)
-    return choices, other_bytes
-
-
-def _check_budget(choices: Choices, shape: ExpertShape, n_layers: int, other_bytes: int) -> None:
-    """Refuse a budget that not even the smallest types without copies can meet."""
-    if choices.target_kld is not None:
-        return
-    size = n_layers * sum(min(shape.stacked_bytes(g, t, shape.n_expert) for t in choices.types) for g in range(len(GROUPS)))
-    if size > choices.budget.expert_bytes(shape, n_layers, other_bytes):
-        raise choices.budget.too_small(size, shape, n_layers, other_bytes, f"all experts in {choices.types[0]}")
-
-
-def _without_copies(choices: Choices, path: Path) -> Choices:
-    """The choices for a calibration that does not know the load. Raises UserError for those that need it."""
-    why = f"{path} does not say how often each expert is picked (the .dat form of an imatrix has no counts)"
-    if choices.policy == "paper" or choices.replicas not in (AUTO, 0):
-        what = "--policy paper" if choices.policy == "paper" else f"--replicas {choices.replicas}"
-        raise UserError(f"{what} cannot choose what to copy: {why}; make the imatrix again with a recent llama-imatrix")
-    log.warning("%s: balance cannot be planned, so nothing is copied", why)
-    return replace(choices, replicas=0)
 
 
 def _weights(source: Source, ggml: Ggml) -> Callable[[int, str, int], NDArray[np.float32]]:
@@ -549,7 +359,7 @@ def build_to_target(
             def attempt(other_kld: float) -> Attempt[Plan]:
                 nonlocal least
                 planned = _make(choices, measured, sha256, other_bytes, other_kld)
-                _need_space(out.parent, planned.expert_bytes + other_bytes, f"writing {out.name}")
+                need_space(out.parent, planned.expert_bytes + other_bytes, f"writing {out.name}")
                 report = write_model(base, planned, measured, candidate, ggml=ggml, others=others, calibration_file=path.name)
                 kld = compare(candidate, text, logits, chunks=chunks).kld.value
                 if kld <= target and report.total_bytes < least:
@@ -586,22 +396,3 @@ def _make(choices: Choices, measured: Calibration, sha256: str, other_bytes: int
         balance_weight=choices.balance_weight,
         **aim,
     )
-
-
-def _check_space(job: Job, model: Path | None, choices: Choices, *, convert: bool) -> None:
-    """Refuse a disk that cannot hold what a build surely writes, before the long work."""
-    assert model is not None
-    files = [p for p in model.iterdir() if p.suffix in (".safetensors", ".bin")] if model.is_dir() else [model]
-    size = sum(p.stat().st_size for p in files)
-    need = size if convert and not (job.directory / "base.gguf").exists() else 0
-    if not job.out.exists() and choices.budget.kind != "size":
-        # Checkpoints hold 16 bits per weight or more; a Q8_0 base shrinks by less than this.
-        bits = bits_per_weight(str(choices.budget.value)) if choices.budget.kind == "type" else float(choices.budget.value)
-        need += int(size * min(bits, 8.0) / 32)
-    _need_space(job.directory, need, "this build")
-
-
-def _need_space(directory: Path, need: int, what: str) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < need:
-        raise UserError(f"{what} needs {need / _GB:.2f} GB and {directory} has {free / _GB:.2f} GB free; free some or choose another disk")

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from rq_gguf.build import build, check_choices
+from rq_gguf.build import build
+from rq_gguf.choices import check_choices
 from rq_gguf.defaults import OTHER
 from rq_gguf.evaluation.quality import N_CTX, compare, save_logits
 from rq_gguf.evaluation.text import mix, read_text

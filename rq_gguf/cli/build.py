@@ -62,10 +62,11 @@ def build(
     check_target(ctx)
     from rq_gguf import build as steps
     from rq_gguf import verdict
+    from rq_gguf.choices import check_choices, parse_memory
     from rq_gguf.runtime.tools import tool_path
     from rq_gguf.writing.others import parse_others
 
-    choices = steps.check_choices(budget, types, replicas, policy, max_tiers, balance_weight, target_kld)
+    choices = check_choices(budget, types, replicas, policy, max_tiers, balance_weight, target_kld)
     report = steps.build(
         model,
         out,
@@ -77,7 +78,7 @@ def build(
         verify=verify,
         dry_run=dry_run,
         force=force,
-        max_memory=steps.parse_memory(max_memory),
+        max_memory=parse_memory(max_memory),
         allow_pickle=allow_pickle,
         say=say,
     )

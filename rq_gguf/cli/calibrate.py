@@ -22,7 +22,8 @@ def calibrate(model: str, out: Path, text: Path | None, tokens: int, device: str
 
     The file is also an imatrix for llama-quantize.
     """
-    from rq_gguf.build import calibrate_model, parse_memory
+    from rq_gguf.build import calibrate_model
+    from rq_gguf.choices import parse_memory
 
     c = calibrate_model(model, out, text=text, tokens=tokens, device=device, types=types, max_memory=parse_memory(max_memory))
     click.echo(f"{out}: {len(c.layers)} layers of {c.layers[0].n_expert} experts on {c.n_tokens} tokens, types {', '.join(c.types)}")

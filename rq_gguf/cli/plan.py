@@ -36,8 +36,9 @@ def plan(
     check_target(ctx)
     from rq_gguf import build as steps
     from rq_gguf import verdict
+    from rq_gguf.choices import check_choices
     from rq_gguf.writing.others import parse_others
 
-    choices = steps.check_choices(budget, types, replicas, policy, max_tiers, balance_weight, target_kld)
+    choices = check_choices(budget, types, replicas, policy, max_tiers, balance_weight, target_kld)
     planned, remarks = steps.plan_calibration(calibration, out, choices, base=base, others=parse_others(other, tensor_types))
     emit([*verdict.plan_lines(planned, remarks), f"plan      {out}"], json_file, verdict.plan_json(planned, remarks))

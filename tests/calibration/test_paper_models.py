@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import Size, save_tokenizer, tiny_config, tiny_model
 
-from rq_gguf.build import build, check_choices
+from rq_gguf.build import build
 from rq_gguf.calibration import run
 from rq_gguf.calibration.families import decoder_layers, moe_blocks
 from rq_gguf.calibration.paper_models import LlamaMoEForCausalLM
+from rq_gguf.choices import check_choices
 from rq_gguf.errors import UserError
 from rq_gguf.ggml import Ggml
 

@@ -9,11 +9,12 @@ import torch
 import transformers
 from tiny_models import save_tokenizer
 
-from rq_gguf.build import build, check_choices, plan_calibration
+from rq_gguf.build import build, plan_calibration
 from rq_gguf.calibration import run
 from rq_gguf.calibration.file import read_any, write_calibration
 from rq_gguf.calibration.switch import pass_text
 from rq_gguf.calibration.wanda import wanda_importance
+from rq_gguf.choices import check_choices
 from rq_gguf.errors import UserError
 from rq_gguf.ggml import Ggml
 from rq_gguf.planning.budget import expert_shape

@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner, Result
 from writing.samples import base_model, calibration_of
 
-from rq_gguf import build as steps
 from rq_gguf.calibration.file import write_calibration
 from rq_gguf.cli import main
+from rq_gguf.inputs import read_text
 from rq_gguf.writing.inspect import inspect
 from rq_gguf.writing.source import Source
 
@@ -184,7 +184,7 @@ def test_refusals(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         main, ["build", str(tmp_path / "deep.gguf"), str(tmp_path / "o.gguf"), "--calibration", str(inputs / "calibration.gguf")]
     )
     refused(deep, "is a calibration of another model: it has blocks [0, 1]")
-    monkeypatch.setattr("rq_gguf.build.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("rq_gguf.inputs.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     refused(build(inputs, tmp_path / "full.gguf"), "0.00 GB free; free some or choose another disk")
     assert not (tmp_path / "full.gguf").exists()
 
@@ -208,9 +208,9 @@ def test_the_default_text_comes_with_a_warning(caplog: pytest.LogCaptureFixture,
     import logging
 
     logging.getLogger("rq_gguf").propagate = True
-    text = steps.read_text(None)
+    text = read_text(None)
     assert len(text) > 100_000
     assert "a text of your own kind is better" in caplog.text
     (tmp_path / "mine.txt").write_text("mine")
     caplog.clear()
-    assert steps.read_text(tmp_path / "mine.txt") == "mine" and not caplog.text
+    assert read_text(tmp_path / "mine.txt") == "mine" and not caplog.text

@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 from synthetic import synthetic_calibration
 
 import rq_gguf
-from rq_gguf import build as steps
 from rq_gguf.calibration.file import write_calibration
+from rq_gguf.choices import parse_memory
 from rq_gguf.cli import main
 from rq_gguf.errors import UserError
 
@@ -139,7 +139,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(steps, "build", fail)
+    monkeypatch.setattr("rq_gguf.build.build", fail)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_reader_that_leaves_is_no_error(calibration: Path, tmp_path: Path) -> 
 
 
 def test_memory_is_a_size() -> None:
-    assert tuple(map(steps.parse_memory, (None, "4GB", "900MiB"))) == (None, 4 * 10**9, 900 << 20)
+    assert tuple(map(parse_memory, (None, "4GB", "900MiB"))) == (None, 4 * 10**9, 900 << 20)
     for text in ("q8_0", "4.5bpw", "much", "-1GB", "like:x"):
         with pytest.raises(UserError, match=f"--max-memory {text} is not understood; give a size"):
-            steps.parse_memory(text)
+            parse_memory(text)

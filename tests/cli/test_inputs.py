@@ -13,9 +13,9 @@ from calibration.samples import as_dat, as_llama_imatrix
 from click.testing import CliRunner, Result
 from writing.samples import base_model, calibration_of
 
-from rq_gguf.build import Choices, check_choices, types_for
 from rq_gguf.calibration.data import Calibration
 from rq_gguf.calibration.file import read_calibration, write_calibration
+from rq_gguf.choices import Choices, check_choices, types_for
 from rq_gguf.cli import main
 from rq_gguf.errors import UserError
 from rq_gguf.gguf_file import read_header

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rq_gguf.build import build, check_choices
+from rq_gguf.build import build
+from rq_gguf.choices import check_choices
 from rq_gguf.evaluation.balance import COUNTS_VARIABLE, measure_balance, read_counts
 from rq_gguf.evaluation.evaluate import Evaluation, evaluate
 from rq_gguf.evaluation.quality import compare, run_perplexity, save_logits

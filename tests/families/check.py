@@ -16,9 +16,10 @@ from golden.reference import nmse
 from numpy.typing import NDArray
 from tiny_models import tiny_model
 
-from rq_gguf.build import build, check_choices
+from rq_gguf.build import build
 from rq_gguf.calibration.data import Calibration
 from rq_gguf.calibration.file import read_any
+from rq_gguf.choices import check_choices
 from rq_gguf.ggml import Ggml
 from rq_gguf.planning.plan import LayerPlan, Plan
 from rq_gguf.runtime.tools import library_path, run_tool

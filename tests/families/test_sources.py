@@ -16,10 +16,11 @@ from golden.reference import nmse
 from safetensors.torch import load_file, save_file
 from tiny_models import Size, tiny_model
 
-from rq_gguf.build import BuildReport, build, check_choices
+from rq_gguf.build import BuildReport, build
 from rq_gguf.calibration import run as calibration_run
 from rq_gguf.calibration.data import Calibration
 from rq_gguf.calibration.dequantize import check_quantization, dequantized
+from rq_gguf.choices import check_choices
 from rq_gguf.errors import UserError
 from rq_gguf.ggml import Ggml
 from rq_gguf.gguf_file import read_header

@@ -22,8 +22,9 @@ from writing.test_inspect import tiered
 
 from rq_gguf import format as fmt
 from rq_gguf import gguf_file as gg
-from rq_gguf.build import check_choices, plan_calibration
+from rq_gguf.build import plan_calibration
 from rq_gguf.calibration.file import read_any, write_calibration
+from rq_gguf.choices import check_choices
 from rq_gguf.errors import UserError
 from rq_gguf.gguf_file import Tensor, Value
 from rq_gguf.planning.file import read_plan
