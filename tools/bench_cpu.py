@@ -1,6 +1,6 @@
 """Speed of tiered files on the CPU against stock files, with llama-bench, interleaved in one run.
 
-    python tools/bench_cpu.py MODEL [--rounds 20] [--threads 2] [--repetitions 3] [--json FILE]
+    python tools/bench_cpu.py MODEL [--rounds 20] [--threads 2] [--repetitions 3] [--rpc] [--json FILE]
 
 MODEL: a Hugging Face directory (`rq_gguf/data/demo`) or a GGUF in F16, BF16 or F32. Needs `rq-gguf runtime install`, with and without
 `--unpatched`. Makes stock files with all experts in Q8_0 and in Q4_K (llama-quantize), tiered files with the same bits in one tier, and
@@ -9,6 +9,7 @@ Ratios are medians over rounds of the two figures of the same round: shared core
 On a machine that does other work use --threads 1 and many rounds: with more threads, each waits for the one that was set aside.
 The mixed file is compared with the mean of the unpatched build's two speeds, weighted by the share of expert selections that each type
 serves in the mixed file's own run (counted by the patched llama.cpp).
+--rpc: all layers are on an RPC server on this machine, of the same build as the client.
 """
 
 import argparse
@@ -17,16 +18,20 @@ import random
 import statistics
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench_write import plan_for, random_calibration
 from tqdm import tqdm
 
+from rq_gguf.bench.printed import bench_speeds
+from rq_gguf.bench.spread import ratio
 from rq_gguf.calibration.file import write_calibration
 from rq_gguf.evaluation.balance import COUNTS_VARIABLE, read_counts
 from rq_gguf.ggml import Ggml
-from rq_gguf.runtime.tools import library_path, run_tool
+from rq_gguf.runtime.rpc import rpc_server
+from rq_gguf.runtime.tools import library_path, run_tool, tool_path
 from rq_gguf.writing.convert import convert_base
 from rq_gguf.writing.source import Source
 from rq_gguf.writing.write import write_model
@@ -42,6 +47,8 @@ class Variant:
     name: str
     file: Path
     unpatched: bool
+    endpoint: str = ""
+    """Of the RPC server that holds all layers; "" for none."""
 
 
 def make_files(model: Path, folder: Path, threads: int) -> list[Variant]:
@@ -60,7 +67,7 @@ def make_files(model: Path, folder: Path, threads: int) -> list[Variant]:
             variants += [Variant(f"stock {name}", stock, True), Variant(f"stock {name}, patched build", stock, False)]
         for label, types in {**{f"tiered {name}": (name,) for name in TYPES}, "tiered half": TYPES}.items():
             file = folder / f"{label.replace(' ', '-')}.gguf"
-            write_model(base, plan_for(source, types), calibration, file, ggml=Ggml(library_path()), threads=threads)
+            write_model(base, plan_for(source, types, False), calibration, file, ggml=Ggml(library_path()), threads=threads)
             variants.append(Variant(label, file, False))
     return variants
 
@@ -68,8 +75,9 @@ def make_files(model: Path, folder: Path, threads: int) -> list[Variant]:
 def bench(v: Variant, test: str, threads: int, repetitions: int, counts: Path | None = None) -> float:
     """Tokens per second, the median of the repetitions."""
     command: list[str | Path] = ["llama-bench", "-m", v.file, *TESTS[test], "-t", str(threads), "-r", str(repetitions), "-o", "json"]
+    command += ["--rpc", v.endpoint, "-ngl", "99"] if v.endpoint else []
     printed = run_tool(command, unpatched=v.unpatched, env={COUNTS_VARIABLE: str(counts)} if counts else None)
-    return statistics.median(json.loads(printed.stdout)[0]["samples_ts"])
+    return bench_speeds(printed.stdout)[test]
 
 
 def shares(v: Variant, test: str, threads: int, folder: Path) -> list[float]:
@@ -110,22 +118,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=3, help="of each test in each round")
+    parser.add_argument("--rpc", action="store_true", help="all layers on a server on this machine")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="rq-gguf-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="rq-gguf-bench-") as name, ExitStack() as stack:
         folder = Path(name)
         variants = make_files(args.model, folder, args.threads)
         share = {test: shares(variants[-1], test, args.threads, folder) for test in TESTS}
+        if args.rpc:
+            servers = [rpc_server(tool_path("ggml-rpc-server", unpatched), threads=args.threads) for unpatched in (False, True)]
+            endpoints = [stack.enter_context(server).endpoint for server in servers]
+            variants = [replace(v, endpoint=endpoints[v.unpatched]) for v in variants]
         found = rounds(variants, args.rounds, args.threads, args.repetitions)
     print(f"{args.model.name}, {args.threads} threads, median of {args.rounds} rounds of {args.repetitions}, t/s")
     for test in TESTS:
         print(f"{test}: in the mixed file " + ", ".join(f"{w:.0%} of selections in {t}" for w, t in zip(share[test], TYPES, strict=True)))
     print("\n| file | test | t/s | stock, unpatched | ratio | quartiles |\n|:---|:---|---:|---:|---:|---:|")
     for variant, test, ours, theirs in ratios(found, share):
-        pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
-        low, _, high = statistics.quantiles(pairs, n=4, method="inclusive") if len(pairs) > 1 else pairs * 3
-        medians = [statistics.median(x) for x in (ours, theirs, pairs)]
-        print(f"| {variant} | {test} | {medians[0]:.0f} | {medians[1]:.0f} | {medians[2]:.3f} | {low:.2f} to {high:.2f} |")
+        r, medians = ratio(ours, theirs), [statistics.median(x) for x in (ours, theirs)]
+        assert r is not None  # one round at least
+        print(f"| {variant} | {test} | {medians[0]:.0f} | {medians[1]:.0f} | {r.median:.3f} | {r.low:.2f} to {r.high:.2f} |")
     if args.json:
         figures = [{"file": v, "test": test, "t/s": speeds} for (v, test), speeds in found.items()]
         args.json.write_text(json.dumps({"shares": share, "rounds": figures}, indent=2))

@@ -6,7 +6,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-setup .
+setup ".[calibrate]"
 rq-gguf runtime install
 mkdir -p out
 rq-gguf build demo out/demo-rq.gguf --json out/demo-build.json

@@ -1,5 +1,5 @@
 # Sourced by demo.sh and test.sh: goes to the repository's top and makes .venv with the project in it.
-#   setup TARGET...    what pip installs, such as "." or -e ".[test]"
+#   setup TARGET...    what pip installs, such as ".[calibrate]" or -e ".[calibrate,test]"
 # PYTHON names the interpreter that .venv is made with (python3).
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

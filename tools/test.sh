@@ -6,9 +6,10 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-setup -e ".[test]"
+setup -e ".[calibrate,report,test]"
 ruff check .
 mypy
 rq-gguf runtime install
 rq-gguf runtime install --unpatched
+pip install -q "$(rq-gguf runtime wheel)" # for tests/examples
 exec python -m pytest "$@" </dev/null

@@ -11,22 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from rq_gguf.errors import UserError
+from rq_gguf.progress import Bar
 from rq_gguf.runtime.cache import Tree, read_json, say, write_json
-from rq_gguf.runtime.process import git_environment, run_logged
+from rq_gguf.runtime.process import find_program, git_environment, run_logged
 
 BASE_FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=ON",
     "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",  # the build may be moved
+    "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON",  # a library has one name, so wheels, which hold no links, need one copy of it
     "-DLLAMA_BUILD_SERVER=ON",  # llama-cli is a client of it
     "-DLLAMA_BUILD_TESTS=ON",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
     "-DLLAMA_CURL=OFF",
     "-DLLAMA_OPENSSL=OFF",
     "-DGGML_CCACHE=OFF",  # set here, with its environment
+    "-DGGML_RPC=ON",  # --rpc: devices of other machines
 )
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("-DGGML_METAL=OFF",),
@@ -40,12 +41,13 @@ BACKENDS_WITH_KERNELS = ("cpu", "cuda", "metal")
 
 TARGETS = (
     "llama-cli", "llama-completion", "llama-server", "llama-perplexity", "llama-bench", "llama-batched-bench", "llama-quantize",
-    "llama-imatrix", "llama-gguf-split", "test-backend-ops",
+    "llama-imatrix", "llama-gguf-split", "ggml-rpc-server", "test-backend-ops",
 )  # fmt: skip
 OPTIONAL_TARGETS = ("test-moe-tiers",)
 """Asked for only where the tree has them: the patch series adds them."""
 STOCK_TARGETS = (
     "llama-completion", "llama-perplexity", "llama-bench", "llama-batched-bench", "llama-quantize", "llama-imatrix", "llama-gguf-split",
+    "ggml-rpc-server",
 )  # fmt: skip
 """What comparisons with unpatched llama.cpp need: without the server's and the multimodal code, a third less to compile."""
 
@@ -198,10 +200,10 @@ def build(tree: Tree, wanted: Build) -> None:
 
     Raises UserError where CMake is missing or a step fails (the log is named).
     """
-    cmake = shutil.which("cmake")
+    cmake, ninja, ccache = (find_program(name) for name in ("cmake", "ninja", "ccache"))
     if cmake is None:
-        raise UserError("cmake is needed to build llama.cpp; `rq-gguf runtime doctor` says how to get it")
-    generator = "Ninja" if shutil.which("ninja") else None
+        raise UserError("cmake is needed to build llama.cpp; `rq-gguf doctor` says how to get it")
+    generator = "Ninja" if ninja else None
     directory, stamp = tree.build(wanted.backend), tree.build_stamp(wanted.backend)
     discard_if_foreign(tree, wanted, generator)
     if wanted.kind == "patched" and wanted.backend not in BACKENDS_WITH_KERNELS:
@@ -211,8 +213,7 @@ def build(tree: Tree, wanted: Build) -> None:
     env = {**git_environment(tree.root), "NINJA_STATUS": "[%f/%t] "}
     flags = [*wanted.flags]
     if generator:
-        flags += ["-G", generator]
-    ccache = shutil.which("ccache")
+        flags += ["-G", generator, f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     if ccache:
         languages = ["C", "CXX", *(["CUDA"] if wanted.backend == "cuda" else [])]
         flags += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}" for language in languages]
@@ -226,7 +227,7 @@ def build(tree: Tree, wanted: Build) -> None:
         say(f"building {len(wanted.targets)} programs with {how} ({expected_time(wanted, jobs)})")
         # Where nobody watches, a line a minute is enough.
         slow = not sys.stderr.isatty()
-        with tqdm(desc="compiling", unit=" steps", mininterval=60 if slow else 0.2, leave=False) as bar:
+        with Bar(desc="compiling", unit=" steps", mininterval=60 if slow else 0.2, leave=False) as bar:
 
             def show(line: str) -> None:
                 progress = parse_progress(line)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import filelock
 import platformdirs
 
 from rq_gguf.errors import UserError
+from rq_gguf.verbosity import say
 
 
 def cache_dir() -> Path:
@@ -70,11 +70,6 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def say(line: str) -> None:
-    """One line about a step, to stderr: stdout belongs to what a command was asked for."""
-    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

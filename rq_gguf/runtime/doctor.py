@@ -1,28 +1,86 @@
-"""`rq-gguf runtime doctor`: what the runtime needs and has, and the command that gets what is missing."""
+"""`rq-gguf doctor`: what the work needs, what is there, and the one line that gets the rest. Looking changes nothing."""
 
+import importlib.metadata
+import os
 import platform
+import re
 import shutil
 import sys
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from rq_gguf import __version__, extras
 from rq_gguf.errors import UserError
-from rq_gguf.runtime import build, fetch, patch, tools
+from rq_gguf.runtime import build, fetch, patch, tools, wheel
 from rq_gguf.runtime.cache import cache_dir, current_file, read_json
 from rq_gguf.runtime.installation import DISK_NEEDED
+from rq_gguf.runtime.process import find_program
 
 INSTALL = "rq-gguf runtime install"
+WHEEL = 'pip install "$(rq-gguf runtime wheel)"'
 OK, OPTIONAL, MISSING = "ok", "optional", "MISSING"
+CMAKE_AT_LEAST = (3, 14)
+MEMORY_PER_JOB = 1_500_000_000
+"""Bytes that compiling llama.cpp's largest files takes, per job."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table."""
+class Check:
+    """One thing that was looked at."""
 
     what: str
     state: str
+    """OK; OPTIONAL: not there, and something works less well or not at all without it; MISSING: needed."""
     found: str
     fix: str = ""
+    """The command, or the sentence, that mends it."""
+
+
+def diagnose(backend: str | None = None) -> list[Check]:
+    """Everything that is looked at. Build tools are needed only while the runtime is not built.
+
+    backend: what llama.cpp is to compute on; None for that of the installed one, or cpu. Raises UserError for one that is unknown.
+    """
+    if backend is not None and backend not in build.BACKENDS:
+        raise UserError(f"--backend {backend}: choose one of {', '.join(build.BACKENDS)}")
+    stamp = read_json(Path(read_json(current_file()).get("patched", "")))
+    backend = backend or stamp.get("backend") or "cpu"
+    runtime = [*_source(), _patched(backend, stamp), _stock()]
+    building = any(check.state == MISSING for check in runtime)
+    tools_to_build = [_pip(), _compiler(), _cmake(), _program("git", package_command("git")), *_cuda(backend)]
+    if not building:
+        tools_to_build = [_unneeded(check) for check in tools_to_build]
+    return [
+        Check("rq-gguf", OK, f"{__version__}, python {platform.python_version()} ({sys.executable})"),
+        *tools_to_build,
+        _program("ninja", f"{extras.command('runtime')}, or {package_command('ninja-build')}", needed=False),
+        _program("ccache", package_command("ccache"), needed=False),
+        _cache(),
+        _disk(building),
+        _memory(),
+        *runtime,
+        _extra("calibrate", "torch and the like", "without it: inspect, plan, report, eval, and builds from a GGUF with --imatrix"),
+        _extra("report", "matplotlib", "without it the report's figures are SVG only"),
+        _python_bindings(),
+    ]
+
+
+def is_well(checks: Sequence[Check]) -> bool:
+    return all(check.state != MISSING for check in checks)
+
+
+def describe(checks: Sequence[Check]) -> list[str]:
+    """A line each, and one that sums up."""
+    wide = max(len(check.what) for check in checks)
+    lines = [f"{c.what:{wide}}  {c.state:8}  {c.found}{f'  -> {c.fix}' if c.fix else ''}" for c in checks]
+    return [*lines, "everything that is needed is there" if is_well(checks) else "something is missing: see the lines marked MISSING"]
+
+
+def to_json(checks: Sequence[Check]) -> dict[str, Any]:
+    return {"ok": is_well(checks), "checks": [asdict(check) for check in checks]}
 
 
 def package_command(name: str) -> str:
@@ -33,84 +91,162 @@ def package_command(name: str) -> str:
     return f"install {name} with the system's package manager"
 
 
-def program_row(name: str, fix: str, needed: bool) -> Row:
-    path = shutil.which(name)
+def _unneeded(check: Check) -> Check:
+    return Check(check.what, OPTIONAL if check.state == MISSING else check.state, check.found, check.fix)
+
+
+def _program(name: str, fix: str, needed: bool = True) -> Check:
+    path = find_program(name)
     if path:
-        return Row(name, OK, build.first_line([path, "--version"]) or path)
-    return Row(name, MISSING if needed else OPTIONAL, "not found", fix)
+        return Check(name, OK, build.first_line([path, "--version"]) or path)
+    return Check(name, MISSING if needed else OPTIONAL, "not found", fix)
 
 
-def compiler_row() -> Row:
-    command = build.find_compiler()
+def _pip() -> Check:
+    pip = build.first_line([sys.executable, "-m", "pip", "--version"]).partition(" from ")[0]
+    return Check("pip", OK, pip) if pip else Check("pip", MISSING, "not found", f"{sys.executable} -m ensurepip")
+
+
+def _compiler() -> Check:
+    what, command = "C++ compiler", build.find_compiler()
     if command:
         version = build.first_line([*command, "--version"])
         if version:
-            return Row("C++ compiler", OK, version)
-        return Row("C++ compiler", MISSING, f"{' '.join(command)} does not run", "unset CXX or set it to a working compiler")
+            return Check(what, OK, version)
+        return Check(what, MISSING, f"{' '.join(command)} does not run", "unset CXX or set it to a working compiler")
     if sys.platform == "win32":
-        return Row("C++ compiler", OPTIONAL, "left to CMake", "install Visual Studio's C++ build tools if CMake finds none")
-    return Row("C++ compiler", MISSING, "not found", "xcode-select --install" if sys.platform == "darwin" else package_command("g++"))
+        return Check(what, OPTIONAL, "left to CMake", "install Visual Studio's C++ build tools if CMake finds none")
+    return Check(what, MISSING, "not found", "xcode-select --install" if sys.platform == "darwin" else package_command("g++"))
 
 
-def disk_row(directory: Path) -> Row:
-    existing = next(p for p in (directory, *directory.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    enough = free >= DISK_NEEDED
-    return Row("disk space", OK if enough else MISSING, f"{free / 1e9:.1f} GB free",
-               "" if enough else "free 1 GB or set RQ_GGUF_CACHE to another disk")  # fmt: skip
+def _cmake() -> Check:
+    fix = f"{extras.command('runtime')}, or {package_command('cmake')}"
+    found = _program("cmake", fix)
+    version = re.search(r"\b(\d+)\.(\d+)", found.found)
+    if found.state == OK and version and (int(version[1]), int(version[2])) < CMAKE_AT_LEAST:
+        return Check("cmake", MISSING, f"{found.found} is too old for llama.cpp", fix)
+    return found
 
 
-def runtime_rows() -> list[Row]:
-    """Source package, patch series, and the installed builds."""
+def _cuda(backend: str) -> list[Check]:
+    """GPU and toolkit, where they are wanted or a GPU is there."""
+    smi, nvcc = shutil.which("nvidia-smi"), os.environ.get("CUDACXX") or shutil.which("nvcc")
+    gpu = build.first_line([smi, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]) if smi else ""
+    wanted, what = backend == "cuda", "CUDA toolkit"
+    if not wanted and not gpu:
+        return []
+    first = Check("NVIDIA GPU", OK, gpu) if gpu else Check("NVIDIA GPU", OPTIONAL, "none seen", "install NVIDIA's driver")
+    if nvcc:
+        unused = "" if wanted else f"; the runtime computes on {backend}"
+        return [first, Check(what, OK if wanted else OPTIONAL, nvcc + unused, "" if wanted else f"{INSTALL} --backend cuda")]
+    state = MISSING if wanted else OPTIONAL
+    if Path("/usr/local/cuda/bin/nvcc").is_file():
+        return [first, Check(what, state, "/usr/local/cuda, but nvcc is not on PATH", 'export PATH=/usr/local/cuda/bin:"$PATH"')]
+    return [first, Check(what, state, "nvcc not found", "install NVIDIA's CUDA toolkit, or use --backend cpu")]
+
+
+def _existing(directory: Path) -> Path:
+    return next(p for p in (directory, *directory.parents) if p.exists())
+
+
+def _cache() -> Check:
+    directory = cache_dir()
+    try:
+        with tempfile.TemporaryFile(dir=_existing(directory)):
+            return Check("cache directory", OK, str(directory))
+    except OSError as e:
+        found = f"{directory} cannot be written: {e.strerror}"
+        return Check("cache directory", MISSING, found, "set RQ_GGUF_CACHE to a directory that can be written")
+
+
+def _disk(building: bool) -> Check:
+    free = shutil.disk_usage(_existing(cache_dir())).free
+    if free >= DISK_NEEDED:
+        return Check("disk space", OK, f"{free / 1e9:.1f} GB free")
+    state = MISSING if building else OPTIONAL
+    return Check("disk space", state, f"{free / 1e9:.1f} GB free", "free 1 GB or set RQ_GGUF_CACHE to another disk")
+
+
+def _memory() -> Check:
+    """What can be had now (MemAvailable where the system says it), or all of it."""
+    info = Path("/proc/meminfo")
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", info.read_text(), re.MULTILINE) if info.is_file() else None
+    if available:
+        size, word = 1024 * int(available[1]), "available"
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        size, word = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "in all"
+    else:
+        return Check("memory", OK, "not known")
+    jobs = build.job_count()
+    found = f"{size / 1e9:.1f} GB {word}"
+    if size >= jobs * MEMORY_PER_JOB:
+        return Check("memory", OK, found)
+    fewer = max(1, size // MEMORY_PER_JOB)
+    return Check("memory", OPTIONAL, f"{found}, little for {jobs} compilations at a time", f"export CMAKE_BUILD_PARALLEL_LEVEL={fewer}")
+
+
+def _source() -> list[Check]:
     kept = cache_dir() / "downloads" / fetch.ARCHIVE
-    fetched = kept.is_file()
-    rows = [Row("source package", OK if fetched else OPTIONAL, str(kept) if fetched else "not fetched yet", "" if fetched else INSTALL)]
+    given = os.environ.get("RQ_GGUF_SDIST")
+    if given and not Path(given).expanduser().is_file():
+        fix = f"unset RQ_GGUF_SDIST, or put {fetch.ARCHIVE} there"
+        checks = [Check("source package", MISSING, f"RQ_GGUF_SDIST: {given} is not a file", fix)]
+    elif given:
+        checks = [Check("source package", OK, f"{given} (RQ_GGUF_SDIST)")]
+    elif kept.is_file():
+        checks = [Check("source package", OK, str(kept))]
+    else:
+        checks = [Check("source package", OPTIONAL, "not fetched yet", INSTALL)]
     try:
         series = patch.read_series(patch.series_dir())
-        rows.append(Row("patch series", OK, f"{len(series.patches)} patches, {series.sha256[:12]}"))
+        return [*checks, Check("patch series", OK, f"{len(series.patches)} patches, {series.sha256[:12]}")]
     except UserError as e:
-        rows.append(Row("patch series", MISSING, str(e), "pip install --force-reinstall rq-gguf"))
+        return [*checks, Check("patch series", MISSING, str(e), "pip install --force-reinstall --no-deps rq-gguf")]
+
+
+def _patched(backend: str, stamp: dict[str, Any]) -> Check:
+    what, fix = "llama.cpp, patched", INSTALL if backend == "cpu" else f"{INSTALL} --backend {backend}"
+    override = os.environ.get(tools.OVERRIDES["patched"])
     try:
-        where = tools.bin_dir()
-        stamp = read_json(Path(read_json(current_file()).get("patched", "")))
-        how = f" ({stamp['backend']})" if stamp.get("backend") and where.parent.name.startswith("build-") else ""
-        rows.append(Row("llama.cpp, patched", OK, f"{where}{how}"))
+        directory = tools.bin_dir()
     except UserError as e:
-        rows.append(Row("llama.cpp, patched", MISSING, str(e).partition(";")[0], INSTALL))
+        return Check(what, MISSING, str(e).partition(";")[0], f"unset {tools.OVERRIDES['patched']}" if override else fix)
+    if not override and stamp["backend"] != backend:
+        return Check(what, MISSING, f"{directory} computes on {stamp['backend']}", fix)
     try:
-        rows.append(Row("llama.cpp, stock", OK, str(tools.bin_dir(unpatched=True))))
+        tools.run_tool(["llama-completion", "--version"])
+    except UserError as e:
+        return Check(what, MISSING, f"{directory}: {str(e).partition(';')[0]}", fix)
+    return Check(what, OK, f"{directory} ({'RQ_GGUF_RUNTIME' if override else backend})")
+
+
+def _stock() -> Check:
+    try:
+        return Check("llama.cpp, stock", OK, str(tools.bin_dir(unpatched=True)))
     except UserError:
-        rows.append(Row("llama.cpp, stock", OPTIONAL, "not installed; only comparisons need it", f"{INSTALL} --unpatched"))
-    return rows
+        return Check("llama.cpp, stock", OPTIONAL, "not installed; only comparisons need it", f"{INSTALL} --unpatched")
 
 
-def diagnose() -> list[Row]:
-    """Everything that is looked at. Build tools are needed only while the runtime is not built."""
-    runtime = runtime_rows()
-    building = any(row.state == MISSING for row in runtime)
-    pip = build.first_line([sys.executable, "-m", "pip", "--version"]).partition(" from ")[0]
-    rows = [
-        Row("python", OK, f"{platform.python_version()} ({sys.executable})"),
-        Row("pip", OK, pip) if pip else Row("pip", MISSING if building else OPTIONAL, "not found", f"{sys.executable} -m ensurepip"),
-        compiler_row(),
-        program_row("cmake", package_command("cmake"), building),
-        program_row("git", package_command("git"), building),
-        program_row("ninja", package_command("ninja-build"), False),
-        program_row("ccache", package_command("ccache"), False),
-        Row("cache directory", OK, str(cache_dir())),
-        disk_row(cache_dir()),
-    ]
-    if not building:
-        rows = [Row(r.what, OPTIONAL if r.state == MISSING else r.state, r.found, r.fix) for r in rows]
-    return rows + runtime
+def _extra(name: str, words: str, without: str) -> Check:
+    lacking = extras.missing(name)
+    if lacking:
+        return Check(words, OPTIONAL, f"not installed: {', '.join(lacking)}; {without}", extras.command(name))
+    versions = [f"{module} {importlib.metadata.version(module)}" for module in extras.EXTRAS[name][:2]]
+    return Check(words, OK, ", ".join(versions))
 
 
-def doctor() -> bool:
-    """Print the table to stdout; True if nothing that is needed is missing."""
-    rows = diagnose()
-    wide = max(len(row.what) for row in rows)
-    for row in rows:
-        print(f"{row.what:{wide}}  {row.state:8}  {row.found}{f'  -> {row.fix}' if row.fix else ''}")
-    ok = all(row.state != MISSING for row in rows)
-    print("everything that is needed is there" if ok else "something is missing: see the lines marked MISSING")
-    return ok
+def _python_bindings() -> Check:
+    what = "llama-cpp-python"
+    try:
+        version = importlib.metadata.version(fetch.PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return Check(what, OPTIONAL, "not installed; only Python scripts need it", WHEEL)
+    if "+rq." not in version:
+        return Check(what, OPTIONAL, f"{version} is a stock one and refuses the files", WHEEL)
+    try:
+        current = wheel.version("", patch.read_series(patch.series_dir())).rpartition(".")[2]
+    except UserError:
+        return Check(what, OK, version)
+    if not version.endswith(f".{current}"):
+        return Check(what, OPTIONAL, f"{version} was built with another patch series", WHEEL)
+    return Check(what, OK, version)

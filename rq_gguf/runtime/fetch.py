@@ -7,21 +7,23 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-
-from tqdm import tqdm
+from typing import IO
 
 from rq_gguf.errors import UserError
+from rq_gguf.progress import Bar
 from rq_gguf.runtime.cache import cache_dir, say
 from rq_gguf.runtime.process import child, git_environment
+from rq_gguf.verbosity import is_quiet
 
 PACKAGE = "llama-cpp-python"
 VERSION = "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 ARCHIVE = f"llama_cpp_python-{VERSION}.tar.gz"
-PREFIX = PurePosixPath(f"llama_cpp_python-{VERSION}/vendor/llama.cpp")
+TOP = PurePosixPath(f"llama_cpp_python-{VERSION}")
+PREFIX = TOP / "vendor" / "llama.cpp"
 """Where the package holds the tree."""
 COMMIT = "0c1e57098"
 """The tree's commit in ggml-org/llama.cpp."""
@@ -88,7 +90,8 @@ def download(target: Path) -> None:
         requirements.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{SHA256}\n", encoding="utf-8")
         # --no-binary for this package alone: ":all:" would make pip compile the package's build tools too.
         args = ["--no-deps", "--no-binary", PACKAGE, "--require-hashes", "-r", str(requirements), "-d", folder]
-        with child([sys.executable, "-m", "pip", "--disable-pip-version-check", "download", *args], stdout=2) as pip:
+        quiet = ["--quiet"] if is_quiet() else []
+        with child([sys.executable, "-m", "pip", "--disable-pip-version-check", *quiet, "download", *args], stdout=2) as pip:
             code = pip.wait()
         fetched = Path(folder, ARCHIVE)
         if code != 0 or not fetched.is_file():
@@ -107,30 +110,40 @@ def extract(package: Path, target: Path) -> None:
     """
     say(f"extracting llama.cpp from {package.name}")
     count = 0
-    try:
-        with tarfile.open(package) as tar:
-            for member in tqdm(tar, unit=" files", leave=False, disable=None, delay=1):
-                path = PurePosixPath(member.name)
-                if not member.isfile() or not path.is_relative_to(PREFIX):
-                    continue
-                inner = path.relative_to(PREFIX)
-                if inner.is_absolute() or ".." in inner.parts:
-                    raise UserError(f"{package}: refusing to extract {member.name}, which leaves its directory")
-                if inner.parts[0] == ".git":
-                    continue
-                data = tar.extractfile(member)
-                assert data is not None  # a regular file
-                out = target.joinpath(*inner.parts)
-                out.parent.mkdir(parents=True, exist_ok=True)
-                with data, out.open("wb") as f:
-                    shutil.copyfileobj(data, f)
-                if member.mode & 0o100:
-                    out.chmod(0o755)
-                count += 1
-    except (tarfile.TarError, EOFError, ValueError) as e:
-        raise UserError(f"{package} is damaged ({e}); delete it and run `rq-gguf runtime install` again") from e
+    for inner, mode, data in members(package, PREFIX):
+        if inner.parts[0] == ".git":
+            continue
+        out = target.joinpath(*inner.parts)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("wb") as f:
+            shutil.copyfileobj(data, f)
+        if mode & 0o100:
+            out.chmod(0o755)
+        count += 1
     if count == 0:
         raise UserError(f"{package} holds no {PREFIX}")
+
+
+def members(package: Path, prefix: PurePosixPath) -> Iterator[tuple[PurePosixPath, int, IO[bytes]]]:
+    """(name below `prefix`, mode, content) of each regular file there.
+
+    Raises UserError for a damaged package, and for a name that leaves its directory.
+    """
+    try:
+        with tarfile.open(package) as tar:
+            for member in Bar(tar, unit=" files", leave=False, disable=None, delay=1):
+                path = PurePosixPath(member.name)
+                if not member.isfile() or not path.is_relative_to(prefix):
+                    continue
+                inner = path.relative_to(prefix)
+                if inner.is_absolute() or ".." in inner.parts:
+                    raise UserError(f"{package}: refusing to extract {member.name}, which leaves its directory")
+                data = tar.extractfile(member)
+                assert data is not None  # a regular file
+                with data:
+                    yield inner, member.mode, data
+    except (tarfile.TarError, EOFError, ValueError) as e:
+        raise UserError(f"{package} is damaged ({e}); delete it and run the command again") from e
 
 
 def checkout(directory: Path) -> Source:
@@ -151,7 +164,7 @@ def checkout(directory: Path) -> Source:
 
     def populate(target: Path) -> None:
         say(f"copying {root}")
-        for name in tqdm(files, unit=" files", leave=False, disable=None, delay=1):
+        for name in Bar(files, unit=" files", leave=False, disable=None, delay=1):
             out = target / name
             out.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, out, follow_symlinks=False)

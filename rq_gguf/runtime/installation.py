@@ -1,11 +1,13 @@
 """`rq-gguf runtime install`: source, patch, build, in this order, each only where needed."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rq_gguf.errors import UserError
 from rq_gguf.runtime import build, fetch, patch
-from rq_gguf.runtime.cache import cache_dir, current_file, locked, read_json, say, tree, write_json
+from rq_gguf.runtime.cache import Tree, cache_dir, current_file, locked, read_json, say, tree, write_json
 
 DISK_NEEDED = 1_000_000_000
 """Bytes: source package, a tree, its copy while it is made, and a CPU build with their margin."""
@@ -18,6 +20,14 @@ def install(backend: str = "cpu", llama_cpp: Path | None = None, unpatched: bool
     unpatched: without the patch series, fewer programs, for comparisons; it does not become the runtime that other commands use.
     Raises UserError.
     """
+    with built(backend, llama_cpp, unpatched) as place:
+        remember("stock" if unpatched else "patched", place.build_stamp(backend))
+    return build.bin_dir(place.build(backend))
+
+
+@contextmanager
+def built(backend: str, llama_cpp: Path | None = None, unpatched: bool = False) -> Iterator[Tree]:
+    """The tree in which the build that `install` describes is complete; inside, the cache's lock is held, so that it stays so."""
     source = fetch.checkout(llama_cpp) if llama_cpp else fetch.pinned()
     series = None if unpatched else patch.read_series(patch.series_dir())
     kind = "stock" if unpatched else "patched"
@@ -39,10 +49,9 @@ def install(backend: str = "cpu", llama_cpp: Path | None = None, unpatched: bool
                 patch.prepare(place, source, series)
                 build.build(place, wanted())
                 say(f"{source.label}, {kind}, {backend}: installed in {build.bin_dir(place.build(backend))}")
-            remember(kind, place.build_stamp(backend))
+            yield place
         except OSError as e:
             raise UserError(f"installing llama.cpp stopped: {e.filename or cache_dir()}: {e.strerror}") from e
-    return build.bin_dir(place.build(backend))
 
 
 def remember(kind: str, stamp: Path) -> None:

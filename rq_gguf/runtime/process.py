@@ -1,7 +1,12 @@
 """Run other programs: into a log, or with their output kept. An exception (Ctrl-C included) ends the child."""
 
+import logging
 import os
+import shlex
+import shutil
 import subprocess
+import sysconfig
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +15,14 @@ from typing import IO, Any
 from rq_gguf.errors import UserError
 from rq_gguf.runtime.cache import say
 
+commands = logging.getLogger(__name__)
+
 Arguments = Sequence[str | Path]
+
+
+def find_program(name: str) -> str | None:
+    """A program's path, from PATH or from beside this Python, where pip puts programs; None where there is none."""
+    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
 
 
 @contextmanager
@@ -23,6 +35,8 @@ def child(args: Arguments, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
         process: subprocess.Popen[bytes] = subprocess.Popen([str(a) for a in args], stdin=subprocess.DEVNULL, **options)
     except OSError as e:
         raise UserError(f"cannot run {args[0]}: {e.strerror}") from e
+    start = time.perf_counter()
+    commands.debug("$ %s", shlex.join(map(str, args)))
     try:
         yield process
     except BaseException:
@@ -37,6 +51,7 @@ def child(args: Arguments, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
         for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
+        commands.debug("%s: %.1f s", Path(args[0]).name, time.perf_counter() - start)
 
 
 def run_logged(
@@ -66,7 +81,7 @@ def run_logged(
         code = process.wait()
     log.flush()
     if code != 0:
-        say("\n".join(f"  | {line}" for line in tail))
+        say("\n".join(f"  | {line}" for line in tail), always=True)
         raise UserError(f"{what} failed ({exit_reason(code)}); the end of its log is above, the whole of it in {log.name}")
 
 

@@ -47,13 +47,17 @@ def bin_dir(unpatched: bool = False) -> Path:
     return build.bin_dir(Path(str(where)).with_suffix(""))
 
 
+def programs(directory: Path) -> list[str]:
+    """Names of llama.cpp's programs in a directory, sorted."""
+    return sorted(p.stem for p in directory.iterdir() if re.fullmatch(r"(ggml|llama|test)-[\w-]+(\.exe)?", p.name))
+
+
 def tool_path(name: str, unpatched: bool = False) -> Path:
     """The path of one of llama.cpp's programs, such as "llama-cli". Raises UserError where it is not there."""
     directory = bin_dir(unpatched)
     path = directory / (f"{name}.exe" if sys.platform == "win32" else name)
     if not path.is_file():
-        there = ", ".join(sorted(p.stem for p in directory.iterdir() if re.fullmatch(r"(llama|test)-[\w-]+(\.exe)?", p.name)))
-        raise UserError(f"no {name} in {directory} (there: {there or 'nothing'}); {INSTALL}")
+        raise UserError(f"no {name} in {directory} (there: {', '.join(programs(directory)) or 'nothing'}); {INSTALL}")
     return path
 
 

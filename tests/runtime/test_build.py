@@ -11,14 +11,13 @@ import pytest
 from rq_gguf.errors import UserError
 from rq_gguf.runtime import build, cache, fetch, installation, patch, tools
 
-CMAKE = """\
+CMAKE = f"""\
 cmake_minimum_required(VERSION 3.14)
 project(fake C CXX)
-set(CMAKE_RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
+set(CMAKE_RUNTIME_OUTPUT_DIRECTORY ${{CMAKE_BINARY_DIR}}/bin)
 add_subdirectory(tests)
-foreach(name llama-cli llama-completion llama-server llama-perplexity llama-bench llama-batched-bench llama-quantize llama-imatrix
-        llama-gguf-split test-backend-ops)
-    add_executable(${name} main.c)
+foreach(name {" ".join(build.TARGETS)})
+    add_executable(${{name}} main.c)
 endforeach()
 """
 PATCH = """\
@@ -39,12 +38,8 @@ diff --git a/tests/CMakeLists.txt b/tests/CMakeLists.txt
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch) -> Path:
+def fake(own_cache, tmp_path, monkeypatch) -> Path:
     """A checkout that builds in a second, a patch series for it, and a cache of their own."""
-    for name in ("RQ_GGUF_RUNTIME", "RQ_GGUF_STOCK_RUNTIME", "CMAKE_BUILD_PARALLEL_LEVEL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RQ_GGUF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("CCACHE_DISABLE", "1")
     root = tmp_path / "llama.cpp"
     for name, text in (
         ("CMakeLists.txt", CMAKE),

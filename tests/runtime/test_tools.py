@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from rq_gguf.errors import UserError
-from rq_gguf.runtime import doctor, tools
-from rq_gguf.runtime.cache import cache_dir
+from rq_gguf.runtime import process, tools
 
 
 @pytest.fixture
@@ -121,6 +120,16 @@ def test_ctrl_c_ends_the_child(programs):
     assert not is_running(pid)
 
 
+def test_programs_that_pip_installed_are_found(tmp_path, monkeypatch):
+    """Beside this Python, though its directory is not on PATH."""
+    (tmp_path / "ninja").write_text("#!/bin/sh\n")
+    (tmp_path / "ninja").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path) if name == "scripts" else None)
+    assert process.find_program("ninja") == str(tmp_path / "ninja")
+    assert process.find_program("cmake") is None
+
+
 def test_last_error():
     def of(out: str, err: str) -> str:
         return tools.last_error(tools.Output(out, err))
@@ -132,28 +141,3 @@ def test_last_error():
     assert of("", log) == "llama_model_load: error loading model: tensor 'x' is corrupted"
     raised = "WARNING: Unknown RoPE type\nTraceback (most recent call last):\n  File 'x.py'\nKeyError: 'moe_topk'\n"
     assert of("", raised) == "KeyError: 'moe_topk'"
-
-
-def test_doctor_says_what_is_missing(tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("RQ_GGUF_RUNTIME", raising=False)
-    monkeypatch.setenv("RQ_GGUF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    assert doctor.doctor() is False
-    lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
-    for what in ("cmake", "git", "C++ compiler", "llama.cpp, patched"):
-        assert "MISSING" in lines[what] and "-> " in lines[what]
-    assert "optional" in lines["ccache"] and "optional" in lines["ninja"]
-    assert "rq-gguf runtime install" in lines["llama.cpp, patched"]
-    assert not cache_dir().exists(), "looking changes nothing"
-
-
-def test_doctor_is_content_with_a_built_runtime_alone(programs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    patches = tmp_path / "patches"
-    patches.mkdir()
-    (patches / "0001.patch").write_text("x")
-    monkeypatch.setattr(doctor.patch, "series_dir", lambda: patches)
-    assert doctor.doctor() is True
-    assert "MISSING" not in capsys.readouterr().out
