@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from rq_gguf.calibration.data import Calibration
 from rq_gguf.calibration.file import KEY_TYPES, write_calibration
+from rq_gguf.calibration.trace import Recorder, write_trace
 from rq_gguf.choices import Choices
 from rq_gguf.defaults import TOKENS
 from rq_gguf.errors import UserError
 from rq_gguf.evaluation.quality import compare, save_logits
 from rq_gguf.evaluation.text import CHARACTERS_PER_CHUNK, hold_out
+from rq_gguf.extras import need
 from rq_gguf.ggml import Ggml
 from rq_gguf.gguf_file import read_header
 from rq_gguf.inputs import (
@@ -46,6 +48,7 @@ from rq_gguf.writing.convert import convert_base
 from rq_gguf.writing.dialect import check_convertible
 from rq_gguf.writing.others import Others
 from rq_gguf.writing.source import Source
+from rq_gguf.writing.split import existing_parts
 from rq_gguf.writing.write import WriteReport, write_model
 
 log = logging.getLogger(__name__)
@@ -69,6 +72,9 @@ class BuildReport:
 
     plan: Plan
     out: Path
+    """What to load: the file, or the first of several."""
+    files: int
+    """Of which the model consists."""
     job: Path
     """The directory of the steps' files."""
     written: WriteReport | None
@@ -94,6 +100,7 @@ def build(
     force: bool = False,
     max_memory: int | None = None,
     allow_pickle: bool = False,
+    split_bytes: int | None = None,
     say: Callable[[str], None],
 ) -> BuildReport:
     """Model in, tiered GGUF out: convert, calibrate, plan, write, skipping what an earlier run with the same inputs has done.
@@ -102,7 +109,8 @@ def build(
     calibration: a text, or a file of `calibrate` or llama-imatrix. imatrix: the same, but no text.
     plan: a plan.json to use instead of planning. others: types of what is no routed expert. verify: the text that a target is measured
     on; without it a fifth of the calibration text is held out for that.
-    max_memory: bytes that calibrating may take. allow_pickle: convert .bin weights too. say: gets a line per step.
+    max_memory: bytes that calibrating may take. allow_pickle: convert .bin weights too. split_bytes: most bytes of a file, see
+    write_model. say: gets a line per step.
     Raises UserError; nothing half-made lies under a final name then.
     """
     start = time.perf_counter()
@@ -131,7 +139,7 @@ def build(
         from rq_gguf.calibration.checkpoint import read_config
 
         check_convertible(read_config(directory), str(directory))
-    job = Job(out, force=force, say=say)
+    job = Job(out, force=force, parts=existing_parts(out) if split_bytes else (), say=say)
     with job.locked():
         ggml = Ggml(library)
         check_space(job, directory or source_file, choices, convert=directory is not None)
@@ -165,51 +173,86 @@ def build(
             choices = without_copies(choices, finished or path)
         if aimed:
             assert base is not None and held_out is not None  # needs_base
-            planned, written = build_to_target(job, base, base_key, choices, measured, path, others, held_out, other_bytes, ggml)
+            planned, files, written = build_to_target(
+                job, base, base_key, choices, measured, path, others, held_out, other_bytes, split_bytes, ggml
+            )
             seconds = job.seconds | {"total": time.perf_counter() - start}
             remarks = remarks_on(measured, choices.types)
-            return BuildReport(planned, out, job.directory, written, out.stat().st_size, seconds, remarks)
+            return BuildReport(planned, files[0], len(files), job.directory, written, _total(files), seconds, remarks)
         planned, plan_key = _plan(job, choices, measured, path, plan, other_bytes)
 
         file_bytes = planned.expert_bytes + other_bytes if base is not None else None
         reports: list[WriteReport] = []
+        files = (out,)
         if not dry_run:
             assert base is not None
-            write_key = key([base_key, plan_key, file_hash(path), others.file_type, others.texts])
-            if not job.is_done("write", out, write_key):
+            write_key = key([base_key, plan_key, file_hash(path), others.file_type, others.texts, split_bytes])
+            if not job.is_done("write", write_key):
                 need_space(out.parent, planned.expert_bytes + other_bytes, f"writing {out.name}")
             name = (finished or path).name
-            job.step(
-                "write",
-                out,
-                write_key,
-                lambda: reports.append(write_model(base, planned, measured, out, ggml=ggml, others=others, calibration_file=name)),
-            )
-            file_bytes = out.stat().st_size
+
+            def write() -> tuple[Path, ...]:
+                reports.append(
+                    write_model(base, planned, measured, out, ggml=ggml, others=others, calibration_file=name, split_bytes=split_bytes)
+                )
+                return reports[0].paths
+
+            files = job.step("write", out, write_key, write)
+            file_bytes = _total(files)
     seconds = job.seconds | {"total": time.perf_counter() - start}
     remarks = remarks_on(measured, choices.types)
-    return BuildReport(planned, out, job.directory, reports[0] if reports else None, file_bytes, seconds, remarks)
+    return BuildReport(planned, files[0], len(files), job.directory, reports[0] if reports else None, file_bytes, seconds, remarks)
+
+
+def _total(files: tuple[Path, ...]) -> int:
+    return sum(file.stat().st_size for file in files)
 
 
 def calibrate_model(
-    model: str, out: Path, *, text: Path | None, tokens: int, device: str, types: str | None, max_memory: int | None = None
+    model: str,
+    out: Path,
+    *,
+    text: Path | None,
+    tokens: int,
+    device: str,
+    types: str | None,
+    max_memory: int | None = None,
+    trace: Path | None = None,
 ) -> Calibration:
-    """`rq-gguf calibrate`: measure a Hugging Face model on a text and write the calibration file. max_memory: bytes. Raises UserError."""
+    """`rq-gguf calibrate`: measure a Hugging Face model on a text and write the calibration file. max_memory: bytes.
+
+    trace: where to write which experts each token picked, too. Raises UserError.
+    """
     names = parse_types(types) if types else LADDER
     content = read_text(text)
     if gguf_of(model) is not None:
         raise UserError(
             f"{model} is a GGUF; calibration needs the Hugging Face model (or use llama-imatrix, whose file build takes as well)"
         )
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UserError(f"{out} cannot be written: {'it is a directory' if out.is_dir() else 'its directory does not exist'}")
+    for path in (out, *([] if trace is None else [trace])):
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise UserError(f"{path} cannot be written: {'it is a directory' if path.is_dir() else 'its directory does not exist'}")
+    need("calibrate", f"calibrating {model}")
     ggml = Ggml(library_path("ggml-base"))
     directory = model_directory(model)
     from rq_gguf.calibration.run import calibrate
 
     work = out.absolute().parent
-    made = calibrate(directory, content, tokens=tokens, device=device, types=names, ggml=ggml, work=work, max_memory=max_memory)
+    recorder = Recorder() if trace is not None else None
+    made = calibrate(
+        directory,
+        content,
+        tokens=tokens,
+        device=device,
+        types=names,
+        ggml=ggml,
+        work=work,
+        max_memory=max_memory,
+        recorder=recorder,
+    )
     result = replace(made, model=model_name(model))
+    if trace is not None and recorder is not None:
+        write_trace(trace, recorder.trace(result.model, result.layers[0].n_expert, result.n_embd, result.n_ff))
     write_calibration(out, result)
     return result
 
@@ -282,9 +325,9 @@ def _measure_once(
     from rq_gguf.calibration.moments import measure_from_imatrix
 
     def make(types: tuple[str, ...]) -> None:
-        from tqdm import tqdm
+        from rq_gguf.progress import Bar
 
-        with Source(base) as source, tqdm(total=sum(layer.n_expert for layer in imatrix.layers), desc="measuring", unit="expert") as bar:
+        with Source(base) as source, Bar(total=sum(layer.n_expert for layer in imatrix.layers), desc="measuring", unit="expert") as bar:
             measured = measure_from_imatrix(replace(imatrix, model=name), _weights(source, ggml), types, ggml, tick=bar.update)
         write_calibration(path, measured)
 
@@ -294,7 +337,7 @@ def _measure_once(
 def _step_for_types(job: Job, path: Path, inputs: list[object], types: tuple[str, ...], make: Callable[[tuple[str, ...]], None]) -> None:
     """The calibration step, unless an earlier one measured these types, and perhaps more, on the same inputs."""
     known = _measured_types(path)
-    if set(types) <= set(known) and job.is_done("calibrate", path, key([*inputs, known])):
+    if set(types) <= set(known) and job.is_done("calibrate", key([*inputs, known])):
         types = known
     job.step("calibrate", path, key([*inputs, types]), lambda: make(types))
 
@@ -338,18 +381,28 @@ def build_to_target(
     others: Others,
     held_out: str,
     other_bytes: int,
+    split_bytes: int | None,
     ggml: Ggml,
-) -> tuple[Plan, WriteReport | None]:
-    """The smallest file that keeps `--target-kld` on the held-out text (see target.approach), and its plan in plan.json."""
+) -> tuple[Plan, tuple[Path, ...], WriteReport | None]:
+    """The smallest file that keeps `--target-kld` on the held-out text (see target.approach), its plan in plan.json, and its files."""
     out, plan_path, candidate = job.out, job.directory / "plan.json", job.directory / "candidate.gguf"
     assert choices.target_kld is not None
     target, chunks = choices.target_kld, min(_MOST_CHUNKS, max(1, len(held_out) // CHARACTERS_PER_CHUNK))
-    settings = [target, choices.types, choices.replicas, choices.max_tiers, choices.balance_weight, others.file_type, others.texts]
+    settings = [
+        target,
+        choices.types,
+        choices.replicas,
+        choices.max_tiers,
+        choices.balance_weight,
+        others.file_type,
+        others.texts,
+        split_bytes,
+    ]
     sha256, best = file_hash(path), job.directory / "best.gguf"
     write_key = key([base_key, sha256, hashlib.sha256(held_out.encode()).hexdigest(), settings])
     reports: list[WriteReport] = []
 
-    def make() -> None:
+    def make() -> tuple[Path, ...]:
         with tempfile.TemporaryDirectory(dir=job.directory, prefix="verify-") as name:
             text, logits = Path(name) / "held-out.txt", Path(name) / "base-logits.bin"
             text.write_text(held_out, encoding="utf-8")
@@ -365,26 +418,34 @@ def build_to_target(
                 if kld <= target and report.total_bytes < least:
                     least = report.total_bytes
                     os.replace(candidate, best)
-                    reports[:] = [replace(report, path=out)]
+                    reports[:] = [replace(report, paths=(out,))]
                 return Attempt(planned, report.total_bytes, planned.summary["predicted_kld"], kld)
 
             found = approach(target, attempt, job.say)
         write_plan(plan_path, found.made, measured)
-        os.replace(best, out)
+        if split_bytes is None:
+            os.replace(best, out)
+            return (out,)
+        best.unlink()
+        reports[:] = [
+            write_model(base, found.made, measured, out, ggml=ggml, others=others, calibration_file=path.name, split_bytes=split_bytes)
+        ]
+        return reports[0].paths
 
     try:
-        job.step("write", out, write_key, make)
+        files = job.step("write", out, write_key, make)
     finally:
         candidate.unlink(missing_ok=True)
         best.unlink(missing_ok=True)
-    return read_plan(plan_path, measured, other_bytes), reports[0] if reports else None
+    return read_plan(plan_path, measured, other_bytes), files, reports[0] if reports else None
 
 
 def _make(choices: Choices, measured: Calibration, sha256: str, other_bytes: int, other_kld: float | None = None) -> Plan:
     aim: dict[str, float] = {}
     if choices.target_kld is not None:
         aim = {"target_kld": choices.target_kld, "other_kld": min(OTHER_KLD, choices.target_kld / 2) if other_kld is None else other_kld}
-    return make_plan(
+    start = time.perf_counter()
+    plan = make_plan(
         measured,
         budget=choices.budget.text,
         types=choices.types,
@@ -396,3 +457,5 @@ def _make(choices: Choices, measured: Calibration, sha256: str, other_bytes: int
         balance_weight=choices.balance_weight,
         **aim,
     )
+    log.debug("planned %d layers and %d types in %.2f s", len(plan.layers), len(plan.types), time.perf_counter() - start)
+    return plan

@@ -22,7 +22,7 @@ from rq_gguf.types import name_of, number, row_bytes
 _MAGIC = b"GGUF"
 _VERSION = 3
 _READABLE = (2, 3)
-_SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _SCALARS: dict[int, str] = {
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",
@@ -183,7 +183,7 @@ def read_headers(path: Path) -> list[Header]:
     count = first.integer("split.count", 0)
     if count < 2:
         return [first]
-    name = _SPLIT_NAME.fullmatch(path.name)
+    name = SPLIT_NAME.fullmatch(path.name)
     if name is None or int(name[3]) != count:
         raise UserError(f"{path} is part of a model in {count} files, whose names must end in -00001-of-{count:05}.gguf")
     if first.integer("split.no", 0) != 0 or int(name[2]) != 1:
@@ -195,6 +195,11 @@ def read_headers(path: Path) -> list[Header]:
             raise UserError(f"{header.path} is not file {i + 1} of {count} of {path.name}; get the model's files again")
         headers.append(header)
     return headers
+
+
+def total_size(path: Path) -> int:
+    """Bytes of a model's file, or of all its files. Raises UserError as read_headers does."""
+    return sum(header.size for header in read_headers(path))
 
 
 def _parse(path: Path, data: mmap.mmap, file: int) -> Header:

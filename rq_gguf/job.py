@@ -3,9 +3,10 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import filelock
 
 import rq_gguf
 from rq_gguf.errors import UserError
+from rq_gguf.gguf_file import SPLIT_NAME
+
+log = logging.getLogger(__name__)
 
 _WHOLE = 256 << 20  # files up to this size are hashed whole
 _SAMPLES, _SAMPLE = 64, 1 << 16
@@ -50,13 +54,20 @@ def key(parts: Any) -> str:
     return hashlib.sha256(json.dumps([rq_gguf.__version__, parts], sort_keys=True).encode()).hexdigest()
 
 
-class Job:
-    """The directory `OUT.gguf.rq` beside an output, and its record `job.json`: step -> key and the file's size and time of change."""
+def job_directory(out: Path) -> Path:
+    """`OUT.gguf.rq`, of a file or of a model in several."""
+    part = SPLIT_NAME.fullmatch(out.name)
+    return out.with_name((f"{part[1]}.gguf" if part else out.name) + ".rq")
 
-    def __init__(self, out: Path, *, force: bool, say: Callable[[str], None]) -> None:
-        """Creates the directory. Raises UserError where that is impossible or `out` must not be replaced."""
+
+class Job:
+    """The directory `OUT.gguf.rq` beside an output, and its record `job.json`: step -> key, and size and time of change of its files."""
+
+    def __init__(self, out: Path, *, force: bool, parts: Iterable[Path] = (), say: Callable[[str], None]) -> None:
+        """Creates the directory. parts: files there that the output may be split into. Raises UserError where a directory is impossible
+        or a file must not be replaced."""
         self.out = out
-        self.directory = out.with_name(out.name + ".rq")
+        self.directory = job_directory(out)
         self.seconds: dict[str, float] = {}
         """Time per step that was done in this run."""
         self._force, self.say = force, say
@@ -65,8 +76,13 @@ class Job:
             raise UserError(f"{out} is a directory; name the file to write")
         if not out.parent.is_dir():
             raise UserError(f"the output directory {out.parent} does not exist; create it first")
-        if out.exists() and not force and not self._is_untouched("write", out) and not self._steps().get("write", {}).get("pending"):
-            raise UserError(f"{out} exists and is not the file that this job wrote; use --force to replace it, or choose another name")
+        if not force and not self._steps().get("write", {}).get("pending"):
+            ours = self._untouched("write")
+            for path in (out, *parts):
+                if path.exists() and path not in ours:
+                    raise UserError(
+                        f"{path} exists and is not the file that this job wrote; use --force to replace it, or choose another name"
+                    )
         try:
             self.directory.mkdir(exist_ok=True)
             probe = self.directory / f".{os.getpid()}.probe"
@@ -88,29 +104,38 @@ class Job:
         finally:
             lock.release()
 
-    def step(self, name: str, path: Path, step_key: str, make: Callable[[], None], *, editable: bool = False) -> bool:
-        """Have `make` write `path` unless it was made before from the same inputs. True if it was made now.
+    def step(
+        self, name: str, path: Path, step_key: str, make: Callable[[], Sequence[Path] | None], *, editable: bool = False
+    ) -> tuple[Path, ...]:
+        """Have `make` write `path`, or the files that it returns, unless they were made before from the same inputs; the files.
 
+        Files of the step that an earlier run made and that are not among them any more are removed.
         editable: the file is one that people edit; then a changed file is refused rather than made anew.
         """
         known = self._steps().get(name, {})
-        untouched = self._is_untouched(name, path)
+        before = self._untouched(name)
+        untouched = bool(before) and self._record_is(name, before)
         if untouched and known.get("key") == step_key and not self._force:
-            self.say(f"{name}: done before, {path}")
-            return False
+            self.say(f"{name}: done before, {before[0]}")
+            return before
         if editable and path.exists() and known and not untouched and not known.get("pending") and not self._force:
             raise UserError(f"{path} was edited; use it with --plan, or --force to make it anew")
         # Interrupted between the file and its record, the file is still known to be ours.
         self._save(self._steps() | {name: {**known, "pending": True}})
+        log.debug("%s: making %s", name, path)
         start = time.perf_counter()
-        make()
+        made = tuple(make() or (path,))
         self.seconds[name] = time.perf_counter() - start
-        self._remember(name, step_key, path)
-        return True
+        log.debug("%s: %.1f s, %d bytes", name, self.seconds[name], sum(file.stat().st_size for file in made))
+        for old in set(before) - set(made):
+            old.unlink(missing_ok=True)
+        self._remember(name, step_key, made)
+        return made
 
-    def is_done(self, name: str, path: Path, step_key: str) -> bool:
+    def is_done(self, name: str, step_key: str) -> bool:
         """True if `step` would skip."""
-        return not self._force and self._steps().get(name, {}).get("key") == step_key and self._is_untouched(name, path)
+        files = self._untouched(name)
+        return not self._force and self._steps().get(name, {}).get("key") == step_key and bool(files) and self._record_is(name, files)
 
     def _steps(self) -> dict[str, Any]:
         try:
@@ -119,17 +144,22 @@ class Job:
             return {}  # the work that a damaged record vouches for is done again
         return steps if isinstance(steps, dict) else {}
 
-    def _is_untouched(self, name: str, path: Path) -> bool:
-        known = self._steps().get(name, {})
-        if not path.is_file():
-            return False
-        stat = path.stat()
-        return bool(known.get("size") == stat.st_size and known.get("mtime_ns") == stat.st_mtime_ns)
+    def _files(self, name: str) -> dict[Path, dict[str, Any]]:
+        """Files of a step's record: of OUT beside it, of other steps in the directory."""
+        folder = self.out.parent if name == "write" else self.directory
+        files = self._steps().get(name, {}).get("files", {})
+        known = files.items() if isinstance(files, dict) else ()
+        return {folder / file: stat for file, stat in known if Path(file).name == file and isinstance(stat, dict)}
 
-    def _remember(self, name: str, step_key: str, path: Path) -> None:
-        stat = path.stat()
-        entry = {"key": step_key, "file": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        self._save(self._steps() | {name: entry})
+    def _untouched(self, name: str) -> tuple[Path, ...]:
+        """The files that a step made and that nobody changed since."""
+        return tuple(path for path, known in self._files(name).items() if path.is_file() and _state(path) == known)
+
+    def _record_is(self, name: str, files: Sequence[Path]) -> bool:
+        return len(files) == len(self._files(name))
+
+    def _remember(self, name: str, step_key: str, files: Sequence[Path]) -> None:
+        self._save(self._steps() | {name: {"key": step_key, "files": {path.name: _state(path) for path in files}}})
 
     def _save(self, steps: dict[str, Any]) -> None:
         temporary = self._record.with_name(".job.json.partial")
@@ -138,6 +168,11 @@ class Job:
             os.replace(temporary, self._record)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _state(path: Path) -> dict[str, int]:
+    stat = path.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _reason(e: OSError) -> str:

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from writing.samples import calibration_of, plan_of
 
 from rq_gguf.errors import UserError
+from rq_gguf.ggml import Ggml
+from rq_gguf.planning.plan import LayerPlan
 from rq_gguf.runtime import tools
 from rq_gguf.writing.convert import convert_base
+from rq_gguf.writing.source import Source
+from rq_gguf.writing.write import write_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,6 +68,20 @@ def demo_base(demo_model, runtime, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("demo") / "demo.gguf"
     convert_base(demo_model, path, progress=False)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiered_demo(demo_base, tmp_path_factory) -> Path:
+    """The demo model with two tiers and three copies in every layer."""
+    with Source(demo_base) as source:
+        calibration = calibration_of(source)
+        layers = []
+        for s in source.shape.layers:
+            rows = tuple(("q8_0", "q4_k") if e in (0, 3, 5) else ("q4_k",) if e % 2 else ("q8_0",) for e in range(s.n_expert))
+            layers.append(LayerPlan(s.layer, rows, rows))
+        plan = plan_of(tuple(layers))
+    out = tmp_path_factory.mktemp("tiered") / "tiered.gguf"
+    return write_model(demo_base, plan, calibration, out, ggml=Ggml(tools.library_path("ggml-base")), progress=False).paths[0]
 
 
 def built(unpatched: bool) -> Path:

@@ -14,7 +14,7 @@ from rq_gguf.errors import UserError
 from rq_gguf.format import GroupLayout
 from rq_gguf.gguf_file import Tensor, pad
 from rq_gguf.planning.plan import LayerPlan, Plan
-from rq_gguf.types import fallback, rank, row_bytes
+from rq_gguf.types import fallback, rank
 from rq_gguf.writing.quantize import PIECE_WEIGHTS, Piece
 from rq_gguf.writing.source import Source
 
@@ -102,11 +102,11 @@ def pieces(
         if isinstance(content, Tensor):
             rows = others.get(content.name)
             if rows is None:
-                yield from _split(content, 0, content.n_rows, new.type, (new.offset,), None, None)
+                yield from _split(content, 0, content.n_rows, new, (new.offset,), None, None)
                 continue
             n = content.n_rows // len(rows)
             for i, row in enumerate(rows):
-                yield from _split(content, i * n, n, new.type, (new.offset + i * n * new.row_bytes,), row, None)
+                yield from _split(content, i * n, n, new, (new.offset + i * n * new.row_bytes,), row, None)
         elif isinstance(content, Tier):
             if rows_for != (content.layer, content.matrix):
                 if feedback and (rows_for is None or rows_for[0] != content.layer):
@@ -121,7 +121,7 @@ def pieces(
             for e, offsets in places.items():
                 importance = None if imatrix is None else imatrix[e]
                 yield from _split(
-                    content.tensor, e * n, n, new.type, tuple(offsets), importance, e, update if content.matrix != "down" else None
+                    content.tensor, e * n, n, new, tuple(offsets), importance, e, update if content.matrix != "down" else None
                 )
 
 
@@ -135,15 +135,14 @@ def _split(
     tensor: Tensor,
     first: int,
     n: int,
-    new_type: str,
+    new: Tensor,
     offsets: tuple[int, ...],
     imatrix: NDArray[np.float32] | None,
     expert: int | None,
     feedback: Feedback | None = None,
 ) -> Iterator[Piece]:
-    """Rows [first, first + n) of a tensor in pieces of about PIECE_WEIGHTS."""
+    """Rows [first, first + n) of a tensor in pieces of about PIECE_WEIGHTS. offsets: where they begin in the new tensor's file."""
     step = max(1, PIECE_WEIGHTS // tensor.cols)
-    new_row = row_bytes(new_type, tensor.cols)
     for at in range(0, n, step):
-        places = tuple(o + at * new_row for o in offsets)
-        yield Piece(tensor, first + at, min(step, n - at), new_type, places, imatrix, expert, feedback)
+        places = tuple(o + at * new.row_bytes for o in offsets)
+        yield Piece(tensor, first + at, min(step, n - at), new.type, places, new.file, imatrix, expert, feedback)

@@ -5,6 +5,7 @@ Which tensors that quantizes, and to what, is for llama.cpp to say, so its own d
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ FILE_TYPES = {
 """Name of a type of whole files, as llama-quantize takes it -> its number in general.file_type (llama.h, enum llama_ftype)."""
 
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # llama-quantize's own
+_NAMED_OTHERWISE = {"mxfp4": "MXFP4_MOE"}
 _LINE = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- \[[ \d,]*\], type = *(\S+), size = .*? MiB(?: -> .* MiB \((\S+)\))?\s*")
 _PLAIN = ("f32", "f16", "bf16")
 _WITHOUT_ROW = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")  # llama-quantize wants no importance row of these
@@ -72,6 +74,17 @@ def parse_others(other: str = defaults.OTHER, tensor_types: Iterable[str] = ()) 
     return Others(name, tuple(pairs))
 
 
+def file_type_of(tensors: Iterable[Tensor]) -> int | None:
+    """general.file_type of a file with these tensors: that of the type which most weights have (llama.cpp guesses so where the key is
+    missing, by tensors). None for a type that no file type is named after."""
+    weights: Counter[str] = Counter()
+    for t in tensors:
+        weights[t.type] += t.cols * t.n_rows
+    kind = weights.most_common(1)[0][0]
+    name = _NAMED_OTHERWISE.get(kind, kind.upper())
+    return FILE_TYPES.get(_ALIASES.get(name, name))
+
+
 def stored_types(source: Source, others: Others | None = None) -> dict[str, str]:
     """Tensor name -> ggml type that it takes in the new file, for all tensors that are not routed experts' weights.
 
@@ -108,7 +121,7 @@ def _dry_run(source: Source, others: Others) -> dict[str, str]:
     wanted = parse_dry_run(lines.stdout + "\n" + lines.stderr)
     missing = source.tensors.keys() - wanted.keys()
     if missing:
-        raise UserError(f"llama-quantize --dry-run {source.path} did not list {min(missing)}; run `rq-gguf runtime doctor`")
+        raise UserError(f"llama-quantize --dry-run {source.path} did not list {min(missing)}; run `rq-gguf doctor`")
     return wanted
 
 

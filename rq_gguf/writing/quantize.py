@@ -26,6 +26,8 @@ class Piece:
     type: str
     offsets: tuple[int, ...]
     """In the new file: one, and more where an expert's copies have the same type."""
+    file: int = 0
+    """Number of that file in a split model."""
     imatrix: NDArray[np.float32] | None = None
     """[columns]"""
     expert: int | None = None

@@ -1,6 +1,6 @@
 """Open a tiered file: every rule of docs/format.md checked, experts ready to be looked up."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from rq_gguf import format as fmt
 from rq_gguf.errors import UserError
-from rq_gguf.gguf_file import Header, Tensor, read_header
+from rq_gguf.gguf_file import Header, Tensor, read_headers
 from rq_gguf.types import QUANTIZABLE
 
 
@@ -60,7 +60,10 @@ class Tiered:
     """A whole file that was found valid."""
 
     header: Header
+    """Of a model in several files: the first one's values, the tensors and the size of all."""
     layers: tuple[TieredLayer, ...]
+    paths: tuple[Path, ...]
+    """The files, by Tensor.file."""
 
     def layer(self, number: int) -> TieredLayer:
         return next(x for x in self.layers if x.layer == number)
@@ -68,18 +71,19 @@ class Tiered:
     def read(self, tensor: Tensor, first_row: int = 0, n_rows: int | None = None) -> NDArray[np.uint8]:
         """Rows as stored, uint8 [n_rows, row_bytes]."""
         n = tensor.n_rows - first_row if n_rows is None else n_rows
-        data = np.fromfile(self.header.path, np.uint8, n * tensor.row_bytes, offset=tensor.offset + first_row * tensor.row_bytes)
+        path = self.paths[tensor.file]
+        data = np.fromfile(path, np.uint8, n * tensor.row_bytes, offset=tensor.offset + first_row * tensor.row_bytes)
         return data.reshape(n, tensor.row_bytes)
 
 
 def open_tiered(path: Path) -> Tiered:
     """Read a file's header and maps and check them.
 
-    Raises UserError with the layer and the reason for a file that breaks the format, and for a stock file.
+    path: the file, or the first of several. Raises UserError with the layer and the reason for a file that breaks the format, and for a
+    stock file.
     """
-    header = read_header(path)
-    if header.integer("split.count", 0) > 1:
-        raise UserError(f"{path} is part of a split model; put its files together with llama-gguf-split --merge first")
+    headers = read_headers(path)
+    header = _joined(headers)
     if fmt.KEY_FORMAT_VERSION not in header.values:
         raise UserError(f"{path} holds no {fmt.KEY_FORMAT_VERSION}; it is a stock file")
     version = _uint32(header, fmt.KEY_FORMAT_VERSION, 0)
@@ -107,8 +111,18 @@ def open_tiered(path: Path) -> Tiered:
     stray = maps.keys() - tiered.keys()
     if stray:
         raise UserError(f"{path}: block {min(stray)} has a map and no tiers")
-    layers = tuple(_layer(header, layer, tiered[layer], maps.get(layer)) for layer in sorted(tiered))
-    return Tiered(header, layers)
+    paths = tuple(h.path for h in headers)
+    layers = tuple(_layer(header, layer, tiered[layer], maps.get(layer), paths) for layer in sorted(tiered))
+    return Tiered(header, layers, paths)
+
+
+def _joined(headers: list[Header]) -> Header:
+    """The headers of a model's files as one."""
+    first = headers[0]
+    tensors = {name: t for h in headers for name, t in h.tensors.items()}
+    if len(tensors) != sum(len(h.tensors) for h in headers):
+        raise UserError(f"{first.path} is damaged: files of the split model hold the same tensor")
+    return replace(first, size=sum(h.size for h in headers), tensors=tensors)
 
 
 def _uint32(header: Header, key: str, default: int) -> int:
@@ -119,7 +133,9 @@ def _uint32(header: Header, key: str, default: int) -> int:
     return header.integer(key, default)
 
 
-def _layer(header: Header, layer: int, stacks: dict[str, dict[int | None, Tensor]], map_tensor: Tensor | None) -> TieredLayer:
+def _layer(
+    header: Header, layer: int, stacks: dict[str, dict[int | None, Tensor]], map_tensor: Tensor | None, paths: tuple[Path, ...]
+) -> TieredLayer:
     where = f"{header.path}: block {layer}"
     if "down" not in stacks or len(stacks) == 1 or ("gate_up" in stacks and len(stacks) > 2):
         raise UserError(f"{where} has tiers of {', '.join(sorted(stacks))}, not of gate, up and down or gate_up and down")
@@ -151,7 +167,7 @@ def _layer(header: Header, layer: int, stacks: dict[str, dict[int | None, Tensor
     else:
         if map_tensor.type != "i32":
             raise UserError(f"{where}: {map_tensor.name} is {map_tensor.type}, not i32")
-        raw = np.fromfile(header.path, "<i4", map_tensor.n_bytes // 4, offset=map_tensor.offset)
+        raw = np.fromfile(paths[map_tensor.file], "<i4", map_tensor.n_bytes // 4, offset=map_tensor.offset)
         table = raw.reshape(tuple(reversed(map_tensor.ne)))
         problem = fmt.check_map(table, n_phys, n_expert)
         if problem:

@@ -5,16 +5,18 @@ is a few pieces (quantize.PIECE_WEIGHTS) per thread, whatever the model's size.
 """
 
 import errno
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGUFValueType
-from tqdm import tqdm
+from threadpoolctl import threadpool_limits
 
 import rq_gguf
 from rq_gguf import format as fmt
@@ -25,11 +27,15 @@ from rq_gguf.errors import UserError
 from rq_gguf.ggml import Ggml
 from rq_gguf.gguf_file import Value
 from rq_gguf.planning.plan import Plan
+from rq_gguf.progress import Bar
 from rq_gguf.writing import layout
 from rq_gguf.writing.layout import Output
-from rq_gguf.writing.others import FILE_TYPES, Others, importance_rows, stored_types
+from rq_gguf.writing.others import FILE_TYPES, Others, file_type_of, importance_rows, stored_types
 from rq_gguf.writing.quantize import Piece, convert
 from rq_gguf.writing.source import Source
+from rq_gguf.writing.split import part_names, split_headers
+
+log = logging.getLogger(__name__)
 
 QUANTIZATION_VERSION = 2
 """GGML_QNT_VERSION"""
@@ -39,7 +45,8 @@ QUANTIZATION_VERSION = 2
 class WriteReport:
     """What a write made."""
 
-    path: Path
+    paths: tuple[Path, ...]
+    """The file, or the files of a split model."""
     total_bytes: int
     expert_bytes: int
     """Tier tensors, their padding, and maps: what the plan's budget bounds."""
@@ -59,13 +66,15 @@ def write_model(
     others: Others | None = None,
     threads: int | None = None,
     calibration_file: str = "",
+    split_bytes: int | None = None,
     progress: bool = True,
 ) -> WriteReport:
     """Write `plan` for the base model to `out`, which appears only when complete.
 
     base: F16, BF16, F32 or Q8_0 GGUF. ggml: the runtime's libggml-base. others: types of what is no routed expert, Q8_0 by default.
     threads: all processors this process may use by default.
-    calibration_file: name for quantize.imatrix.file.
+    calibration_file: name for quantize.imatrix.file. split_bytes: most bytes of a file: a larger model goes to out-00001-of-0000n.gguf and
+    so on, of which the first appears last.
     Raises UserError for a base, plan and calibration that do not belong together, a plan over its budget, weights that are not
     finite, a full disk or a directory that cannot be written.
     """
@@ -88,18 +97,26 @@ def write_model(
         if expert_bytes > plan.budget_bytes:
             raise UserError(f"the plan's experts take {expert_bytes} bytes, more than its budget of {plan.budget_bytes}; plan again")
         values = _values(source, plan, calibration, others, calibration_file, expert_bytes)
-        header, placed = gg.build_header(values, (o.tensor for o in outputs))
-        outputs = [Output(t, o.content) for t, o in zip(placed, outputs, strict=True)]
-        total = placed[-1].offset + gg.pad(placed[-1].n_bytes)
+        values["general.file_type"] = gg.scalar(
+            GGUFValueType.UINT32, file_type_of(o.tensor for o in outputs) or FILE_TYPES[others.file_type]
+        )
+        parts = split_headers(values, (o.tensor for o in outputs), split_bytes)
+        outputs = [Output(t, o.content) for t, o in zip((t for _, placed in parts for t in placed), outputs, strict=True)]
+        sizes = [placed[-1].offset + gg.pad(placed[-1].n_bytes) for _, placed in parts]
+        paths, total = part_names(out, len(parts)), sum(sizes)
         layers = {c.layer: c for c in calibration.layers}
         pieces = layout.pieces(outputs, layers, rows, plan.feedback)
         quiet = None if progress else True  # None: only where stderr is a terminal
         with (
-            replacing(out) as temporary,
-            tqdm(desc="write", total=total, unit="B", unit_scale=True, unit_divisor=1024, delay=0.5, leave=False, disable=quiet) as bar,
+            ExitStack() as files,
+            Bar(desc="write", total=total, unit="B", unit_scale=True, unit_divisor=1024, delay=0.5, leave=False, disable=quiet) as bar,
         ):
-            _write(temporary, header, total, outputs, pieces, source, ggml, threads, bar)
-    return WriteReport(out, total, expert_bytes, total - expert_bytes, time.perf_counter() - start, threads)
+            temporary = [files.enter_context(replacing(path)) for path in paths]
+            _write(temporary, [header for header, _ in parts], sizes, outputs, pieces, source, ggml, threads, bar)
+            if len(paths) > 1:  # new files must not meet an old first one
+                paths[0].unlink(missing_ok=True)
+    log.debug("%d tensors, %d bytes of experts, %d of all else, %d threads", len(outputs), expert_bytes, total - expert_bytes, threads)
+    return WriteReport(paths, total, expert_bytes, total - expert_bytes, time.perf_counter() - start, threads)
 
 
 def available_threads() -> int:
@@ -161,12 +178,14 @@ def _values(
 ) -> dict[str, Value]:
     """The source's values as they are, then what llama-quantize would set, then rq.*."""
     u32, u64, f32 = GGUFValueType.UINT32, GGUFValueType.UINT64, GGUFValueType.FLOAT32
-    dropped = ("split.", "quantize.imatrix.", "general.alignment")  # the new file is one, with the default alignment
+    # Alignment is the default one, the split another, and who quantized the source did not quantize this.
+    dropped = ("split.", "quantize.imatrix.", "general.alignment", "general.quantized_by", "general.file_type")
     values = {k: v for k, v in source.header.values.items() if not k.startswith(dropped)}
     values["general.quantization_version"] = gg.scalar(u32, QUANTIZATION_VERSION)
-    values["general.file_type"] = gg.scalar(u32, FILE_TYPES[others.file_type])
     if calibration_file:
         values["quantize.imatrix.file"] = gg.string(calibration_file)
+    if calibration.text_sha256:
+        values["quantize.imatrix.dataset"] = gg.string(f"text of sha256 {calibration.text_sha256}")
     values["quantize.imatrix.entries_count"] = gg.scalar(
         u32, len(calibration.dense_in_sum2) + sum(len(c.in_sum2) for c in calibration.layers)
     )
@@ -203,32 +222,37 @@ def _values(
 
 
 def _write(
-    path: Path,
-    header: bytes,
-    total: int,
+    paths: Sequence[Path],
+    headers: Sequence[bytes],
+    sizes: list[int],
     outputs: list[Output],
     pieces: Iterator[Piece],
     source: Source,
     ggml: Ggml,
     threads: int,
-    bar: "tqdm[None]",
+    bar: Bar,
 ) -> None:
-    """Fill the temporary file: header and maps here, pieces by threads. The bytes written must be the bytes laid out."""
-    fd = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+    """Fill the temporary files: headers and maps here, pieces by threads. The bytes written must be the bytes laid out."""
+    fds: list[int] = []
     try:
-        _reserve(fd, total)
-        written = _put(fd, header, 0)
+        for path, size in zip(paths, sizes, strict=True):
+            fds.append(os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0)))
+            _reserve(fds[-1], size)
+        written = sum(_put(fd, header, 0) for fd, header in zip(fds, headers, strict=True))
         for o in outputs:
             if isinstance(o.content, np.ndarray):
-                written += _put(fd, np.ascontiguousarray(o.content, dtype="<i4").tobytes(), o.tensor.offset)
+                written += _put(fds[o.tensor.file], np.ascontiguousarray(o.content, dtype="<i4").tobytes(), o.tensor.offset)
         bar.update(written)
-        workers = _Workers(pieces, lambda piece: _write_piece(fd, piece, source, ggml))
-        written += workers.run(threads, bar)
-        expected = len(header) + sum(o.tensor.n_bytes for o in outputs)
-        if written != expected or os.fstat(fd).st_size != total:
-            raise RuntimeError(f"{written} bytes written to a file of {os.fstat(fd).st_size}, {expected} of {total} laid out")
+        workers = _Workers(pieces, lambda piece: _write_piece(fds[piece.file], piece, source, ggml))
+        with threadpool_limits(1):  # numpy's products run in threads already
+            written += workers.run(threads, bar)
+        expected = sum(map(len, headers)) + sum(o.tensor.n_bytes for o in outputs)
+        found = [os.fstat(fd).st_size for fd in fds]
+        if written != expected or found != sizes:
+            raise RuntimeError(f"{written} bytes written to files of {found}, {expected} of {sizes} laid out")
     finally:
-        os.close(fd)
+        for fd in fds:
+            os.close(fd)
 
 
 def _write_piece(fd: int, piece: Piece, source: Source, ggml: Ggml) -> int:
@@ -268,7 +292,7 @@ class _Workers:
         self._errors: list[tuple[int, BaseException]] = []
         self._written = 0
 
-    def run(self, threads: int, bar: "tqdm[None]") -> int:
+    def run(self, threads: int, bar: Bar) -> int:
         """Do all the work and return the sum of what it returned. An exception here (Ctrl-C) stops the threads first."""
         workers = [threading.Thread(target=self._loop, daemon=True) for _ in range(threads)]
         shown = 0

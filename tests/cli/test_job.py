@@ -7,7 +7,8 @@ import pytest
 
 import rq_gguf
 from rq_gguf.errors import UserError
-from rq_gguf.job import Job, input_key, key
+from rq_gguf.job import Job, input_key, job_directory, key
+from rq_gguf.writing.split import existing_parts, part_names
 
 
 class Recorder:
@@ -19,14 +20,31 @@ class Recorder:
         self.made: list[str] = []
 
     def job(self, force: bool = False) -> Job:
-        return Job(self.out, force=force, say=self.lines.append)
+        return Job(self.out, force=force, parts=existing_parts(self.out), say=self.lines.append)
 
     def step(self, job: Job, name: str, path: Path, step_key: str, **kwargs: bool) -> bool:
+        """True if it was done."""
+
         def make() -> None:
             self.made.append(name)
             path.write_text(f"{name} {len(self.made)}")
 
-        return job.step(name, path, step_key, make, **kwargs)
+        before = len(self.made)
+        assert job.step(name, path, step_key, make, **kwargs) == (path,)
+        return len(self.made) > before
+
+    def write(self, n: int, step_key: str) -> list[str]:
+        """The write step with n files; what lies there then."""
+
+        def make() -> tuple[Path, ...]:
+            self.made.append("write")
+            paths = part_names(self.out, n)
+            for path in paths:
+                path.write_text(f"{len(self.made)} {path.name}")
+            return paths
+
+        assert self.job().step("write", self.out, step_key, make) == part_names(self.out, n)
+        return sorted(p.name for p in self.out.parent.glob("*.gguf"))
 
 
 @pytest.fixture
@@ -172,3 +190,22 @@ def test_keys_follow_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     old = key(["settings"])
     monkeypatch.setattr(rq_gguf, "__version__", "99")
     assert key(["settings"]) != old
+
+
+def test_an_output_in_several_files(recorder: Recorder) -> None:
+    out = recorder.out
+    assert recorder.write(2, "a") == ["out-00001-of-00002.gguf", "out-00002-of-00002.gguf"]
+    recorder.write(2, "a")
+    assert recorder.made == ["write"]
+    assert job_directory(part_names(out, 2)[0]) == job_directory(out) == out.with_name("out.gguf.rq")
+    part_names(out, 2)[1].unlink()
+    recorder.write(2, "a")
+    assert recorder.made == ["write"] * 2
+
+    assert len(recorder.write(3, "b")) == 3  # and not the two of before
+    assert recorder.write(1, "c") == ["out.gguf"]
+    recorder.write(3, "d")
+    part_names(out, 3)[2].write_text("something else")
+    with pytest.raises(UserError, match="out-00003-of-00003.gguf exists and is not the file that this job wrote"):
+        recorder.job()
+    assert recorder.job(force=True)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from families.check import HELD_OUT, TEXT, logits_of, steps
 from families.marks import SLOW
 from families.vocabulary import SIZES, save_vocabulary
@@ -21,6 +22,7 @@ from rq_gguf.calibration import run as calibration_run
 from rq_gguf.calibration.data import Calibration
 from rq_gguf.calibration.dequantize import check_quantization, dequantized
 from rq_gguf.choices import check_choices
+from rq_gguf.cli import main
 from rq_gguf.errors import UserError
 from rq_gguf.ggml import Ggml
 from rq_gguf.gguf_file import read_header
@@ -175,10 +177,10 @@ def test_split_ggufs(tmp_path: Path, runtime: Path) -> None:
     assert len(list(tmp_path.glob("base-*.gguf"))) > 1
     again, calibration = tmp_path / "again.gguf", report.job / "calibration.gguf"
     build(str(first), again, check_choices("q8_0", "q4_k,q8_0", "2", "budget"), calibration=calibration, say=lambda line: None)
-    ours, theirs = read_header(again), read_header(whole)
-    assert {n: (t.type, t.ne) for n, t in ours.tensors.items()} == {n: (t.type, t.ne) for n, t in theirs.tensors.items()}
+    ours_header, theirs = read_header(again), read_header(whole)
+    assert {n: (t.type, t.ne) for n, t in ours_header.tensors.items()} == {n: (t.type, t.ne) for n, t in theirs.tensors.items()}
     with again.open("rb") as a, whole.open("rb") as b:
-        for name, t in ours.tensors.items():
+        for name, t in ours_header.tensors.items():
             a.seek(t.offset)
             b.seek(theirs.tensors[name].offset)
             assert a.read(t.n_bytes) == b.read(t.n_bytes), name
@@ -187,8 +189,14 @@ def test_split_ggufs(tmp_path: Path, runtime: Path) -> None:
     parts = sorted(tmp_path.glob("parts-*.gguf"))
     assert len(parts) > 1
     taken = steps(size.vocabulary, 5)
-    runs = [run(Job(runtime / "libllama.so", path, taken, n_ctx=128), tmp_path).logits for path in (whole, parts[0])]
-    assert all(np.array_equal(a, b) for a, b in zip(*runs, strict=True))
+    choices = check_choices("q8_0", "q4_k,q8_0", "2", "budget")
+    ours = build(str(base), tmp_path / "split.gguf", choices, calibration=calibration, split_bytes=2_000_000, say=lambda line: None)
+    assert ours.out.name == f"split-00001-of-{ours.files:05}.gguf" and ours.files == len(list(tmp_path.glob("split-*.gguf"))) > 1
+    runs = [run(Job(runtime / "libllama.so", path, taken, n_ctx=128), tmp_path).logits for path in (whole, parts[0], ours.out)]
+    assert all(np.array_equal(a, b) and np.array_equal(a, c) for a, b, c in zip(*runs, strict=True))
+    for command in (["inspect"], ["report", "-o", str(tmp_path / "report.html")]):
+        done = CliRunner().invoke(main, [*command, str(ours.out)])
+        assert done.exit_code == 0, done.output
     run_tool(["llama-gguf-split", "--merge", parts[0], tmp_path / "merged.gguf"])
     assert read_header(tmp_path / "merged.gguf").tensors.keys() == theirs.tensors.keys()
 

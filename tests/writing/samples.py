@@ -91,7 +91,7 @@ def base_model(
     writer.add_token_list([f"token {i}" for i in range(64)])
     writer.add_string("quantize.imatrix.file", "of an earlier life")
     for key, value in (values or {}).items():
-        writer.add_uint32(key, value)
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
     for name, data in tensors.items():
         matrix = data.ndim > 1 and "ffn_gate_inp" not in name and name.endswith(".weight")
         kind = STORED[stored] if matrix else STORED["f32"]

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from rq_gguf.errors import UserError
 from rq_gguf.ggml import Ggml
+from rq_gguf.gguf_file import read_header
 from rq_gguf.runtime import tools
-from rq_gguf.writing.convert import convert_base
+from rq_gguf.writing.convert import convert_base, hub_metadata
 from rq_gguf.writing.source import Source
 
 
@@ -49,6 +50,24 @@ def test_demo(folder, runtime, demo_model):
         name = next(k for k in weights if "layers.2." in k and k.endswith("experts.3.w2.weight"))
         np.testing.assert_array_equal(source.expert(2, "down", 3, Ggml(tools.library_path())), weights[name].float().numpy())
         assert source.fingerprint()
+
+
+@pytest.mark.runtime
+@pytest.mark.slow
+def test_a_model_in_the_hub_cache_keeps_its_name(folder, tmp_path, runtime, demo_model):
+    """Its directory is named after a commit."""
+    repository = tmp_path / "models--some-one--Tiny-16x5M-Instruct-v0.1"
+    model = changed(demo_model, repository / "snapshots" / ("0123456789" * 4))
+    (model / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: some-one/Tiny\n---\n")
+    convert_base(model, folder / "x.gguf")
+    header = read_header(folder / "x.gguf")
+    general = {
+        "name": "Tiny 16x5M Instruct v0.1", "organization": "Some One", "basename": "Tiny", "finetune": "Instruct", "version": "v0.1",
+        "size_label": "16x5M", "license": "apache-2.0", "base_model.0.repo_url": "https://huggingface.co/some-one/Tiny",
+        "source.repo_url": "https://huggingface.co/some-one/Tiny-16x5M-Instruct-v0.1",
+    }  # fmt: skip
+    assert {key: header.get(f"general.{key}") for key in general} == general
+    assert hub_metadata(demo_model) == hub_metadata(repository) == {}
 
 
 @pytest.mark.runtime

@@ -186,7 +186,7 @@ def test_broken_values(tmp_path):
     for block in (0, 1 << 31):
         refused(f"rq.dispatch_block is {block}; it must be 1 or more", fmt.KEY_DISPATCH_BLOCK, gg.scalar(GGUFValueType.UINT32, block))
     refused("rq.dispatch is 'random'", fmt.KEY_DISPATCH, gg.string("random"))
-    refused("part of a split model", "split.count", gg.scalar(GGUFValueType.UINT16, 3))
+    refused("part of a model in 3 files, whose names must end in -00001-of-00003.gguf", "split.count", gg.scalar(GGUFValueType.UINT16, 3))
     refused("rq.dispatch is", fmt.KEY_DISPATCH, gg.numbers(GGUFValueType.UINT32, [1, 2]))
     refused("rq.format_version", fmt.KEY_FORMAT_VERSION, gg.numbers(GGUFValueType.UINT32, [1, 2]))
     refused("rq.budget_bytes is no whole number", fmt.KEY_BUDGET_BYTES, gg.string("3"))

@@ -14,10 +14,10 @@ from rq_gguf.calibration.data import Calibration
 from rq_gguf.calibration.file import write_calibration
 from rq_gguf.errors import UserError
 from rq_gguf.ggml import Ggml
-from rq_gguf.gguf_file import read_header
+from rq_gguf.gguf_file import Tensor, read_header
 from rq_gguf.runtime import tools
 from rq_gguf.writing.inspect import inspect
-from rq_gguf.writing.others import Others, fixed_bytes, importance_rows, parse_dry_run, parse_others, stored_types
+from rq_gguf.writing.others import Others, file_type_of, fixed_bytes, importance_rows, parse_dry_run, parse_others, stored_types
 from rq_gguf.writing.source import Source
 from rq_gguf.writing.write import write_model
 
@@ -153,7 +153,6 @@ def test_same_bytes_as_llama_quantize(tmp_path, base, other, tensor_types):
             assert a == b, name
             compared += 1
     assert compared == len(types)
-    assert ours.get("general.file_type") == theirs.get("general.file_type")
     assert ours.get("quantize.imatrix.entries_count") == theirs.get("quantize.imatrix.entries_count")
     assert report.other_bytes <= most <= report.other_bytes + (1 << 15)
     provenance = inspect(tmp_path / "ours.gguf").provenance
@@ -205,3 +204,14 @@ def test_a_quantized_base_is_not_quantized_again(tmp_path, runtime):
         for other, tensor_types in (("Q4_K_M", []), ("F16", []), ("Q8_0", ["attn_q=q6_k"])):
             with pytest.raises(UserError, match=r"is q8_0 already and would be quantized a second time, to (q4_k|q6_k|f16); give an F16"):
                 stored_types(source, parse_others(other, tensor_types))
+
+
+def test_file_type():
+    """Of the type that most weights have, however many tensors they are in."""
+    small = [Tensor(f"blk.{i}.attn_q.weight", "q8_0", (256, 4)) for i in range(9)]
+    assert file_type_of([*small, Tensor("blk.0.ffn_up_exps.0.weight", "q4_k", (256, 64, 8))]) == gguf.LlamaFileType.MOSTLY_Q4_K_M
+    assert file_type_of([*small, Tensor("blk.0.ffn_up_exps.0.weight", "iq3_s", (256, 4, 8))]) == gguf.LlamaFileType.MOSTLY_Q8_0
+    for kind, number in (("mxfp4", "MXFP4_MOE"), ("bf16", "BF16"), ("iq4_xs", "IQ4_XS"), ("q3_k", "Q3_K_M")):
+        assert file_type_of([Tensor("x", kind, (256, 1))]) == gguf.LlamaFileType[f"MOSTLY_{number}"]
+    assert file_type_of([Tensor("x", "f32", (256, 1))]) == gguf.LlamaFileType.ALL_F32
+    assert file_type_of([Tensor("x", "i32", (256, 1))]) is None

@@ -81,6 +81,23 @@ def test_same_bytes_as_llama_quantize(tmp_path, ggml, stored, expert_type):
 
 
 @pytest.mark.runtime
+def test_general_values(tmp_path, ggml):
+    """Those of the model stay, those of the source file's making do not."""
+    kept = {"general.basename": "Sample", "general.license": "mit", "general.base_model.0.name": "Mother", "general.source.repo_url": "x"}
+    base = base_model(tmp_path / "base.gguf", values={**kept, "general.quantized_by": "somebody else"})
+    with Source(base) as source:
+        calibration = replace(calibration_of(source), text_sha256="ab" * 32)
+        rows = tuple(("q4_k",) for _ in range(source.shape.layers[0].n_expert))
+        plan = plan_of(tuple(LayerPlan(s.layer, rows, rows) for s in source.shape.layers))
+    write_model(base, plan, calibration, tmp_path / "out.gguf", ggml=ggml, threads=2)
+    new = read_header(tmp_path / "out.gguf")
+    assert {key: new.get(key) for key in kept} == kept
+    assert "general.quantized_by" not in new.values
+    assert new.get("general.file_type") == 15  # mostly Q4_K, though all other tensors are Q8_0
+    assert new.get("quantize.imatrix.dataset") == "text of sha256 " + "ab" * 32
+
+
+@pytest.mark.runtime
 def test_values_and_order(tmp_path, ggml, base):
     """The source's values stay, llama-quantize's and rq's are set; tensors keep their order."""
     with Source(base) as source:
@@ -91,7 +108,7 @@ def test_values_and_order(tmp_path, ggml, base):
         other = fixed_bytes(source, types)
     report = write_model(base, plan, calibration, tmp_path / "out.gguf", ggml=ggml, threads=2, calibration_file="calibration.gguf")
     old, new = read_header(base), read_header(tmp_path / "out.gguf")
-    changed = {"general.file_type", "general.quantization_version", "quantize.imatrix.file"}
+    changed = {"general.file_type", "general.quantization_version", "quantize.imatrix.file"}  # of those that the source has
     for key, value in old.values.items():
         if key not in changed:
             assert new.values[key] == value
