@@ -14,7 +14,8 @@ write      `rq-gguf build` with that calibration and plan, and with the plan's e
            same imatrix. Of the files written only one at a time is kept
 
 Peak memory is the system's count for the process and its children (ru_maxrss); it includes pages of mapped files, and llama.cpp's programs
-map the whole model. Everything goes to DIR/bench_scale.json; the table is printed. What is in the file is not run again.
+map the whole model. Processor seconds tell more than seconds where the machine does other work. Everything goes to DIR/bench_scale.json;
+the table is printed. What is in the file is not run again.
 """
 
 import argparse
@@ -92,15 +93,15 @@ def make_model(folder: Path, layers: int) -> Path:
     return out
 
 
-def measured(command: Sequence[str | Path]) -> tuple[float, float]:
-    """(seconds, peak GB) of a command. Its output goes to stderr; what fails ends the program."""
+def measured(command: Sequence[str | Path]) -> tuple[float, float, float]:
+    """(seconds, processor seconds, peak GB) of a command. Its output goes to stderr; what fails ends the program."""
     start = time.perf_counter()
     process = subprocess.Popen([str(c) for c in command], cwd=ROOT, stdout=sys.stderr, stdin=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"failed with status {os.waitstatus_to_exitcode(status)}: {' '.join(map(str, command))}")
     scale = 1 if sys.platform == "darwin" else 1024
-    return time.perf_counter() - start, usage.ru_maxrss * scale / 1e9
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * scale / 1e9
 
 
 class Bench:
@@ -116,8 +117,9 @@ class Bench:
         if key in self.figures:
             return
         print(f"--- {key}", file=sys.stderr)
-        seconds, peak = measured(command)
-        self.figures[key] = {"layers": layers, "step": name, "seconds": round(seconds, 1), "peak_gb": round(peak, 2)}
+        seconds, processor, peak = measured(command)
+        figures = {"seconds": round(seconds, 1), "processor_seconds": round(processor, 1), "peak_gb": round(peak, 2)}
+        self.figures[key] = {"layers": layers, "step": name, **figures}
         self.file.write_text(json.dumps(self.figures, indent=2) + "\n")
 
     def steps(self, layers: int) -> None:
@@ -172,9 +174,9 @@ def main() -> None:
     bench = Bench(args)
     for layers in args.layers:
         bench.steps(layers)
-    print("| layers | step | seconds | peak GB |\n|---:|:---|---:|---:|")
+    print("| layers | step | seconds | processor seconds | peak GB |\n|---:|:---|---:|---:|---:|")
     for f in bench.figures.values():
-        print(f"| {f['layers']} | {f['step']} | {f['seconds']} | {f['peak_gb']} |")
+        print(f"| {f['layers']} | {f['step']} | {f['seconds']} | {f['processor_seconds']} | {f['peak_gb']} |")
 
 
 if __name__ == "__main__":

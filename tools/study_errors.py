@@ -3,16 +3,19 @@ error feedback is worth on text that nothing was fitted to.
 
     python tools/study_errors.py MODEL --calibration CALIBRATION.gguf --text CALIBRATION.txt --heldout FILE.txt [FILE.txt ...]
 
-MODEL: a Hugging Face directory that fits in memory. CALIBRATION.gguf: of `rq-gguf calibrate MODEL` on CALIBRATION.txt. Two tables:
+MODEL: a Hugging Face directory that fits in memory. CALIBRATION.gguf: of `rq-gguf calibrate MODEL` on CALIBRATION.txt. Three tables:
 
 1. One layer and matrix group after the other in the calibration's reference type, on the sequences that calibrate takes for that: the KL
    divergence and the flips that it recorded, and half the mean of (g.e)^2, e the change of the block's output at a token and g the
    gradient, with respect to that output, of the log-probabilities of tokens sampled from the model. Then all layers and groups together. A
    predictor that held would have the same ratio to the measured figure in every row.
 2. Errors of gate and up on held-out tokens when they are quantized with error feedback, over those without, per layer and type.
+3. Errors measured on some rows of each matrix (calibration.measure.ROWS) against those on all: the relative difference per expert and type,
+   root mean square, and the KL divergence by the errors on all of a plan at Q4_K's bytes that was made from them.
 """
 
 import argparse
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +27,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from rq_gguf.calibration.data import Calibration
+from rq_gguf.calibration.data import Calibration, LayerCalibration
 from rq_gguf.calibration.families import MoeBlock, decoder_layers, moe_blocks
 from rq_gguf.calibration.file import read_calibration
 from rq_gguf.calibration.measure import measure_layer
@@ -34,10 +37,13 @@ from rq_gguf.calibration.run import SAMPLES, Observer, batches, cut, evenly, mea
 from rq_gguf.evaluation.text import mix, read_text
 from rq_gguf.format import GROUPS
 from rq_gguf.ggml import Ggml
+from rq_gguf.planning.file import read_plan, write_plan
+from rq_gguf.planning.policy import make_plan
 from rq_gguf.runtime.tools import library_path
 
 HELD_OUT = 32768
-"""Tokens of the second table."""
+"""Tokens of the second and third table."""
+ALL_ROWS, FEWER_ROWS = 1 << 30, (256, 128, 64)
 
 
 class Study:
@@ -161,7 +167,8 @@ def responses(study: Study) -> None:
     print(f"\nroot of the summed squares of single flips, summed over layers: {rooted:.3f}")
 
 
-def feedback(directory: Path, calibration: Calibration, text: str, ggml: Ggml) -> None:
+def errors_on(directory: Path, calibration: Calibration, text: str, ggml: Ggml) -> None:
+    """The second and third table."""
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
     blocks = list(moe_blocks(decoder_layers(model), model.config))
     sequences = cut(tokenize(directory, text), HELD_OUT, sequence_length(directory))
@@ -174,6 +181,7 @@ def feedback(directory: Path, calibration: Calibration, text: str, ggml: Ggml) -
         for hook in hooks:
             hook.close()
     types = tuple(t for t in ("q2_k", "q4_k", "q6_k") if t in calibration.types)
+    by_rows: dict[int, list[LayerCalibration]] = {n: [] for n in (ALL_ROWS, *FEWER_ROWS)}
     print(f"\nerror of gate and up with feedback over that without, {HELD_OUT} held-out tokens\n")
     print(f"| layer | {' | '.join(types)} |\n|:---|{'---:|' * len(types)}")
     for b, known in zip(blocks, calibration.layers, strict=True):
@@ -185,6 +193,29 @@ def feedback(directory: Path, calibration: Calibration, text: str, ggml: Ggml) -
         ]
         ratios = errors[0][:, 0].sum(axis=0) / errors[1][:, 0].sum(axis=0)
         print(f"| {b.layer} | {' | '.join(f'{r:.2f}' for r in ratios)} |", flush=True)
+        for n, layers in by_rows.items():
+            measured = measure_layer(
+                known, tokens, weights_of(b), calibration.types, ggml,
+                threads=default_threads(), tick=lambda: None, hidden=b.hidden, most_rows=n,
+            )  # fmt: skip
+            layers.append(measured)
+    print("\nerrors measured on some rows of each matrix\n")
+    print("| rows | gate and up | down | KLD of the plan |\n|---:|---:|---:|---:|")
+    every = replace(calibration, layers=tuple(by_rows[ALL_ROWS]))
+    for n, layers in by_rows.items():
+        pairs = list(zip(layers, every.layers, strict=True))
+        off = [np.concatenate([(a.error[:, g] / b.error[:, g] - 1).ravel() for a, b in pairs]) for g in range(len(GROUPS))]
+        rms = [f"{np.sqrt(np.square(x[np.isfinite(x)]).mean()):.1%}" for x in off]
+        print(f"| {'all' if n == ALL_ROWS else n} | {' | '.join(rms)} | {_kld_by(replace(calibration, layers=tuple(layers)), every):.6f} |")
+
+
+def _kld_by(guess: Calibration, truth: Calibration) -> float:
+    """KL divergence that `truth` predicts for what `guess` plans at Q4_K's bytes."""
+    plan = make_plan(guess, budget="q4_k", types=guess.types, replicas=0, policy="budget", other_bytes=0, calibration_sha256="")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json"
+        write_plan(path, plan, guess)
+        return float(read_plan(path, truth).summary["predicted_kld"])
 
 
 def main() -> None:
@@ -197,7 +228,7 @@ def main() -> None:
     calibration = read_calibration(args.calibration)
     sequences = cut(tokenize(args.model, read_text(args.text)), calibration.n_tokens, sequence_length(args.model))
     responses(Study(args.model, calibration, torch.from_numpy(evenly(sequences, SEQUENCES))))
-    feedback(args.model, calibration, mix([read_text(path) for path in args.heldout]), Ggml(library_path("ggml-base")))
+    errors_on(args.model, calibration, mix([read_text(path) for path in args.heldout]), Ggml(library_path("ggml-base")))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rq_gguf.errors import UserError
+from rq_gguf.extras import need
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md")  # which names the licence
 
 
 def resolve_model(model: Path | str) -> Path:
@@ -22,6 +23,7 @@ def resolve_model(model: Path | str) -> Path:
         return path
     if path.exists() or not _HUB_ID.fullmatch(str(model)):
         raise UserError(f"{model} is neither a directory with a transformers checkpoint nor a hub id (owner/name)")
+    need("calibrate", f"downloading {model}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 

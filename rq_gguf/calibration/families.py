@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rq_gguf.calibration.observe import Hidden, expert_hidden
+from rq_gguf.calibration.observe import Hidden, Units, expert_hidden
 from rq_gguf.errors import UserError
 
 
@@ -179,8 +179,8 @@ class MoeBlock:
         bias: Tensor = self.module.experts.gate_up_proj_bias[e]  # type: ignore[union-attr,index,assignment]
         parts = (bias[0::2], bias[1::2]) if self.family.interleaved else bias.chunk(2)
 
-        def hidden(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-            of_gate, of_up = (b.to(x.device, x.dtype) for b in parts)
+        def hidden(x: Tensor, gate: Tensor, up: Tensor, units: Units = None) -> Tensor:
+            of_gate, of_up = ((b if units is None else b[units]).to(x.device, x.dtype) for b in parts)
             return activation(x @ gate.T + of_gate, x @ up.T + of_up)
 
         return hidden

@@ -33,15 +33,17 @@ class Feedback:
         damped[np.diag_indices_from(damped)] += DAMPING * float(np.trace(damped)) / len(damped) or 1.0
         # U upper triangular with U^T U = H^-1: its blocks give the update of every block given that all before it are done.
         self._u = np.linalg.cholesky(np.linalg.inv(damped)).T
-        self._updates: dict[int, list[Matrix]] = {}
+        self._update: dict[int, Matrix] = {}
 
-    def updates(self, step: int) -> list[Matrix]:
-        """Per block of `step` columns the matrix [step, columns behind it] that its error is multiplied by."""
-        if step not in self._updates:
+    def update(self, step: int) -> Matrix:
+        """[columns, columns]: what errors in a block of `step` columns (its rows) take from the columns behind it; zero elsewhere."""
+        if step not in self._update:
             u = self._u
-            blocks = ((u[a : a + step, a : a + step], u[a : a + step, a + step :]) for a in range(0, len(u), step))
-            self._updates[step] = [np.linalg.solve(own, behind).astype(np.float32) for own, behind in blocks]
-        return self._updates[step]
+            update = np.zeros(u.shape, dtype=np.float32)
+            for a in range(0, len(u) - step, step):
+                update[a : a + step, a + step :] = np.linalg.solve(u[a : a + step, a : a + step], u[a : a + step, a + step :])
+            self._update[step] = update
+        return self._update[step]
 
     def quantize(self, ggml: Ggml, kind: str, weights: Matrix, importance: Matrix | None) -> NDArray[np.uint8]:
         """Rows [n, columns] as stored in a type, uint8 [n, row_bytes].
@@ -51,13 +53,12 @@ class Feedback:
         step, columns = block(kind)[0], weights.shape[1]
         if kind in PRECISE or step >= columns:
             return ggml.quantize(kind, weights, importance)
-        left, parts = weights.copy(), []
-        for i, update in enumerate(self.updates(step)):
-            here = slice(i * step, (i + 1) * step)
-            wanted = np.ascontiguousarray(left[:, here])
+        update, errors, parts = self.update(step), np.empty_like(weights), []
+        for start in range(0, columns, step):
+            here = slice(start, start + step)
+            wanted = weights[:, here] - errors[:, :start] @ update[:start, here]
             parts.append(ggml.quantize(kind, wanted, None if importance is None else np.ascontiguousarray(importance[here])))
-            if update.shape[1]:
-                left[:, here.stop :] -= (wanted - ggml.dequantize(kind, parts[-1], step)) @ update
+            errors[:, here] = wanted - ggml.dequantize(kind, parts[-1], step)
         return np.concatenate(parts, axis=1)
 
 

@@ -23,6 +23,7 @@ from rq_gguf.atomic import replacing
 from rq_gguf.calibration.content import COUNTS, EXPERT, LARGE, SUMS, Content, check_matrices
 from rq_gguf.calibration.data import Calibration, LayerCalibration, Response
 from rq_gguf.calibration.imatrix_file import imatrix_of, is_dat, read_imatrix
+from rq_gguf.calibration.trace import is_json, is_zip
 from rq_gguf.errors import UserError
 from rq_gguf.format import GROUPS
 from rq_gguf.types import check_type
@@ -124,6 +125,11 @@ def _correlation(moments: Callable[[], NDArray[np.float32]]) -> NDArray[np.float
 
 def read_any(path: Path, n_expert: int | None = None) -> Calibration:
     """A calibration file or a plain imatrix (see imatrix_file.read_imatrix). Raises UserError naming the file for anything else."""
+    if is_zip(path) or is_json(path):
+        raise UserError(
+            f"{path} says at most how often experts are picked (a trace, SGLang's expert distribution, a plan) and not what types do to "
+            "them: rq-gguf simulate and export take it; to plan, calibrate the model (rq-gguf calibrate)"
+        )
     if is_dat(path):
         return read_imatrix(path, n_expert)
     content = _Content(path)

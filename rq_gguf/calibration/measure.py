@@ -18,6 +18,9 @@ from rq_gguf.format import GROUPS
 from rq_gguf.ggml import Ggml
 from rq_gguf.types import activation_block, by_stored_type
 
+ROWS = 256
+"""Rows of a matrix that errors are measured on, evenly spaced: in wider experts some stand for all, since what rounding does to one row is
+independent of the others. tools/study_errors.py shows what that costs."""
 MIN_TOKENS = 32
 """Tokens below which an expert's error is completed with tokens that were routed elsewhere."""
 
@@ -31,29 +34,44 @@ def expert_error(
     ggml: Ggml,
     feedback: Feedback | None = None,
     hidden: Hidden = expert_hidden,
+    most_rows: int = ROWS,
 ) -> NDArray[np.float64]:
     """[group, type] mean over tokens of |gate weight x change of the expert's output|^2, each group quantized alone.
 
     x: [n, n_embd]. gate_weight: [n]. weights: gate, up [n_ff, n_embd] and down [n_embd, n_ff]. importance: [cols] per matrix.
     A group's inputs are rounded to 8 bits as ggml's CPU kernels do for the type: with the finer types that is half of the error.
     feedback: for gate and up, where they are to be quantized with it. hidden: what the expert computes before `down`.
+    most_rows: of each matrix, see ROWS.
     """
     before = {m: torch.from_numpy(w) for m, w in weights.items()}
     inner = hidden(x, before["gate"], before["up"])
+    units, outputs = _some(len(before["gate"]), most_rows), _some(len(before["down"]), most_rows)
+    rows = {"gate": units, "up": units, "down": outputs}
+    some = {m: np.ascontiguousarray(w[rows[m]]) for m, w in weights.items()}
+    inner_some, down_some = inner[:, units], before["down"][:, units]
 
     def after(m: str, kind: str) -> Tensor:
-        return torch.from_numpy(requantize(ggml, kind, weights[m], importance[m], feedback if m != "down" else None))
+        return torch.from_numpy(requantize(ggml, kind, some[m], importance[m], feedback if m != "down" else None))
 
-    def mean_square(change: Tensor) -> float:
-        return (change * gate_weight[:, None]).square().sum(dtype=torch.float64).item() / len(x)
+    def mean_square(change: Tensor, m: str) -> float:
+        """Of all rows, from some."""
+        share = len(rows[m]) / len(weights[m])
+        return (change * gate_weight[:, None]).square().sum(dtype=torch.float64).item() / len(x) / share
 
     error = np.zeros((len(GROUPS), len(types)))
     for kind, same in by_stored_type(types, before["gate"].shape[1]).items():
-        reached = hidden(rounded(x, kind), after("gate", kind), after("up", kind))
-        error[0, same] = mean_square((reached - inner) @ before["down"].T)
+        reached = hidden(rounded(x, kind), after("gate", kind), after("up", kind), units)
+        error[0, same] = mean_square((reached - inner_some) @ down_some.T, "gate")
+    exact = inner @ before["down"][outputs].T
     for kind, same in by_stored_type(types, before["down"].shape[1]).items():
-        error[1, same] = mean_square(rounded(inner, kind) @ after("down", kind).T - inner @ before["down"].T)
+        error[1, same] = mean_square(rounded(inner, kind) @ after("down", kind).T - exact, "down")
     return error
+
+
+def _some(n: int, most: int) -> NDArray[np.int64]:
+    """At most `most` of n rows, evenly spaced."""
+    k = min(n, most)
+    return np.arange(k) * n // k
 
 
 def rounded(x: Tensor, kind: str) -> Tensor:
@@ -94,11 +112,12 @@ def measure_layer(
     threads: int,
     tick: Tick,
     hidden: Callable[[int], Hidden] = lambda e: expert_hidden,
+    most_rows: int = ROWS,
 ) -> LayerCalibration:
     """The layer with `error` and `wanda` filled in.
 
     tokens: expert -> (expert inputs [n, n_embd], weights of its outputs [n]) to measure it on. tick: called per expert.
-    hidden: expert -> what it computes before `down`, on the CPU in float32.
+    hidden: expert -> what it computes before `down`, on the CPU in float32. most_rows: of each matrix, see ROWS.
     The mean error per token is scaled to the tokens expected to pick the expert and divided by the layer's residual energy.
     """
     n_expert = layer.n_expert
@@ -112,7 +131,7 @@ def measure_layer(
         wanda[e] = wanda_importance(w, {m: layer.in_sum2[m][e] for m in w})
         x, gate_weight = tokens(e)
         rows = {m: importance[m][e] for m in w}
-        error[e] = expert_error(x, gate_weight, w, rows, types, ggml, feedback, hidden(e))
+        error[e] = expert_error(x, gate_weight, w, rows, types, ggml, feedback, hidden(e), most_rows)
 
     in_threads(one, n_expert, threads, tick)
     scale = expected_selections(layer.selections) / layer.residual_energy

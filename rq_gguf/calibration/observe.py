@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,8 +11,15 @@ from torch import Tensor
 
 Expert = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 """Expert index -> (gate [n_ff, n_embd], up [n_ff, n_embd], down [n_embd, n_ff])."""
-Hidden = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x [n, n_embd], gate, up) -> the input of down [n, n_ff]."""
+Units = NDArray[np.int64] | None
+"""Indices of an expert's hidden units, None for all."""
+
+
+class Hidden(Protocol):
+    """What an expert computes before `down`."""
+
+    def __call__(self, x: Tensor, gate: Tensor, up: Tensor, units: Units = None) -> Tensor:
+        """[n, units] for x [n, n_embd]. units: those that the rows of gate and up belong to."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class BlockSums:
         )
 
 
-def expert_hidden(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+def expert_hidden(x: Tensor, gate: Tensor, up: Tensor, units: Units = None) -> Tensor:
     """silu(gate x) * (up x), the input of down: [n, n_ff] for x [n, n_embd]."""
     return torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
 

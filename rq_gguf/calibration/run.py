@@ -14,7 +14,6 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rq_gguf.atomic import full_disk_told
 from rq_gguf.calibration.checkpoint import check_weights, read_config, resolve_model
@@ -29,19 +28,20 @@ from rq_gguf.calibration.paper_models import register
 from rq_gguf.calibration.requantize import Matrix, Tick, default_threads
 from rq_gguf.calibration.response import SEQUENCES, Variants, reference_type
 from rq_gguf.calibration.sample import Sample, merge, tokens_elsewhere, tokens_of
+from rq_gguf.calibration.sequences import SEQUENCE, cut
 from rq_gguf.calibration.spool import Shelf, Spool
 from rq_gguf.calibration.stream import Streamed
 from rq_gguf.calibration.switch import calibrate_switch
+from rq_gguf.calibration.trace import Recorder
 from rq_gguf.defaults import TOKENS
 from rq_gguf.errors import UserError
 from rq_gguf.format import GROUPS
 from rq_gguf.ggml import Ggml
+from rq_gguf.progress import Bar
 from rq_gguf.types import LADDER, check_type
 
 log = logging.getLogger(__name__)
 
-SEQUENCE = 512
-"""Tokens per sequence, as llama-imatrix and llama-perplexity take them."""
 SAMPLES = 256
 """Tokens per expert that errors are measured on."""
 _SEED = 20938
@@ -62,6 +62,7 @@ def calibrate(
     progress: bool = True,
     work: Path | None = None,
     max_memory: int | None = None,
+    recorder: Recorder | None = None,
 ) -> Calibration:
     """Pass about `tokens` tokens of `text` through a checkpoint and measure what each type does to each expert.
 
@@ -70,6 +71,7 @@ def calibrate(
     layer before the next one is loaded, so one layer must fit in memory (see memory.room), and hidden states wait there or on disk.
     The same text, settings and machine give the same result.
     work: directory for temporary files without a name, the system's if None. max_memory: bytes, see memory.room.
+    recorder: gets what the routers choose.
     Raises UserError for an unsuitable or broken model, too little text, non-finite weights or activations, an unknown device or type,
     too little memory, a full disk.
     """
@@ -86,8 +88,12 @@ def calibrate(
     sequences = cut(tokenize(directory, text), tokens, sequence_length(directory))
     threads = threads or default_threads()
     sha256, name = hashlib.sha256(text.encode()).hexdigest(), directory.name if Path(model).is_dir() else str(model)
+    if recorder is not None:
+        recorder.begin(len(s) for s in sequences)
     if family is FAMILIES[SWITCH]:
-        made = calibrate_switch(directory, family, sequences, where, types, ggml, samples=samples, threads=threads, progress=progress)
+        made = calibrate_switch(
+            directory, family, sequences, where, types, ggml, samples=samples, threads=threads, progress=progress, recorder=recorder
+        )
         return replace(made, model=name, text_sha256=sha256)
     loaded = Streamed(directory, files, where)
     blocks = {b.layer: b for b in moe_blocks(loaded.layers, loaded.config)}
@@ -103,8 +109,9 @@ def calibrate(
         on_host=where.type == "cpu",
         limit=max_memory,
     )
+    log.debug("calibrating on %s with %d threads: %d sequences, %d of them at a time", where, threads, len(sequences), fits.batch)
     text_ids, response_ids = list(batches(sequences, fits.batch)), list(batches(list(evenly(sequences, SEQUENCES)), fits.batch))
-    observer = Observer(blocks[min(blocks)].family, sum(len(s) for s in sequences), samples)
+    observer = Observer(blocks[min(blocks)].family, sum(len(s) for s in sequences), samples, recorder)
     layers: list[LayerCalibration] = []
     routers: list[NDArray[np.float32]] = []
     n_passed = sum(ids.numel() for ids in response_ids)
@@ -193,26 +200,6 @@ def tokenize(directory: Path, text: str) -> tuple[NDArray[np.int64], int | None]
     return np.asarray(ids, dtype=np.int64), bos
 
 
-def cut(encoded: tuple[NDArray[np.int64], int | None], tokens: int, length: int) -> list[NDArray[np.int64]]:
-    """Sequences of `length` tokens, each begun by bos where there is one, evenly spaced over the text, about `tokens` tokens in all.
-
-    Where the text has no more than that, all of it is used, and its last sequence is as short as it comes out.
-    Raises UserError for a text of less than one sequence.
-    """
-    ids, bos = encoded
-    step = length - (bos is not None)
-    if tokens < 1:
-        raise UserError(f"cannot calibrate on {tokens} tokens: choose a positive number")
-    if len(ids) < step:
-        raise UserError(f"the calibration text has only {len(ids)} tokens: give at least {step}, better many thousands")
-    wanted = max(1, tokens // length)
-    pieces = [ids[i : i + step] for i in range(0, len(ids), step)]
-    if len(pieces) > wanted:
-        whole = len(ids) // step
-        pieces = [pieces[i * whole // wanted] for i in range(wanted)]
-    return pieces if bos is None else [np.concatenate([[bos], p]) for p in pieces]
-
-
 def evenly(sequences: list[NDArray[np.int64]], n: int) -> NDArray[np.int64]:
     """[at most n, length] of the whole sequences, evenly spaced."""
     whole = [s for s in sequences if len(s) == len(sequences[0])]
@@ -253,8 +240,9 @@ def _warn_of_unseen(layers: list[LayerCalibration]) -> None:
 class Observer:
     """Hooks on a model's decoder layers that gather the sums and samples of its MoE blocks."""
 
-    def __init__(self, family: Family, n_tokens: int, samples: int) -> None:
+    def __init__(self, family: Family, n_tokens: int, samples: int, recorder: Recorder | None = None) -> None:
         self.n_tokens = n_tokens
+        self._recorder = recorder
         self._family = family
         self.sums: dict[int, BlockSums] = {}
         self.residual: dict[int, float] = {}
@@ -304,6 +292,8 @@ class Observer:
             old = self.sums.get(block.layer)
             self.sums[block.layer] = sums if old is None else old + sums
             new = Sample(x, ids.cpu().numpy(), weights.cpu().numpy(), self._batch)
+            if self._recorder is not None:
+                self._recorder.add(block.layer, new.ids)
             self.samples[block.layer] = merge(self.samples.get(block.layer), new, block.n_expert, self._size)
 
         return hook
@@ -404,7 +394,7 @@ class _Progress:
         total = len(model) * n_tokens + _EXPERT * sum(b.n_expert for b in blocks.values()) + changed * response_tokens
         self._layers, self._response_tokens = len(model), response_tokens
         shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        self._bar = tqdm(total=total, desc="calibrating", bar_format=shape, disable=not show)
+        self._bar = Bar(total=total, desc="calibrating", bar_format=shape, disable=not show)
 
     def __enter__(self) -> "_Progress":
         return self

@@ -15,7 +15,6 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from rq_gguf.calibration.data import Calibration, LayerCalibration
 from rq_gguf.calibration.families import Family, MoeBlock
@@ -25,9 +24,11 @@ from rq_gguf.calibration.memory import BATCH
 from rq_gguf.calibration.observe import Hidden
 from rq_gguf.calibration.requantize import Matrix
 from rq_gguf.calibration.stream import check_complete, check_finite, loading
+from rq_gguf.calibration.trace import Recorder
 from rq_gguf.calibration.wanda import wanda_importance
 from rq_gguf.errors import UserError
 from rq_gguf.ggml import Ggml
+from rq_gguf.progress import Bar
 
 
 class SwitchBlock(MoeBlock):
@@ -38,7 +39,7 @@ class SwitchBlock(MoeBlock):
         return expert.wi.weight, expert.wi.weight, expert.wo.weight
 
     def hidden(self, e: int) -> Hidden:
-        return lambda x, _, up: torch.relu(x @ up.T)
+        return lambda x, gate, up, units=None: torch.relu(x @ up.T)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the router wants, whatever the experts' capacity then lets through."""
@@ -58,6 +59,7 @@ def calibrate_switch(
     samples: int,
     threads: int,
     progress: bool,
+    recorder: Recorder | None = None,
 ) -> Calibration:
     """`run.calibrate` for this family; the whole model must fit in memory. `text_sha256` and `model` are left empty.
 
@@ -66,16 +68,16 @@ def calibrate_switch(
     from rq_gguf.calibration.run import Observer, batches, measured_tokens, weights_of
 
     model, blocks = load_switch(directory, device, family)
-    observer = Observer(family, sum(len(s) for s in sequences), samples)
+    observer = Observer(family, sum(len(s) for s in sequences), samples, recorder)
     with ExitStack() as stack, torch.inference_mode():
         for block, layer in blocks:
             stack.enter_context(observer.attached(block.layer, layer, block))
-        bar = stack.enter_context(tqdm(total=observer.n_tokens, desc="calibrating", unit="tok", disable=not progress))
+        bar = stack.enter_context(Bar(total=observer.n_tokens, desc="calibrating", unit="tok", disable=not progress))
         for n, ids in enumerate(pass_text(model, list(batches(sequences, BATCH)), device)):
             observer.begin(n == 0, ids.numel())
             bar.update(ids.numel())
     layers = []
-    for block, _ in tqdm(blocks, desc="measuring", unit="layer", disable=not progress):
+    for block, _ in Bar(blocks, desc="measuring", unit="layer", disable=not progress):
         layer, sample = observer.take(block)
         tokens = measured_tokens(sample, layer, samples)
         layer = measure_layer(layer, tokens, weights_of(block), types, ggml, threads=threads, tick=lambda: None, hidden=block.hidden)

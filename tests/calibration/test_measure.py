@@ -12,6 +12,7 @@ from rq_gguf.calibration.gated import hidden_sensitivity
 from rq_gguf.calibration.imatrix import expected_selections, imatrix_rows
 from rq_gguf.calibration.measure import completed, expert_error, mean_gate_weights, measure_layer, rounded
 from rq_gguf.calibration.moments import measure_from_imatrix
+from rq_gguf.calibration.observe import Units
 from rq_gguf.calibration.requantize import requantize
 from rq_gguf.errors import UserError
 from rq_gguf.ggml import Ggml
@@ -43,6 +44,37 @@ def test_expert_error_is_the_change_of_the_output(ggml: Ggml) -> None:
             change = GATE_WEIGHT[:, None] * (output_rounded(X, changed, name, g) - output(X, w))
             assert got[g, t] == pytest.approx(np.square(change).sum() / 40, rel=1e-3)
     assert (got[:, 1] < got[:, 0] / 20).all()
+
+
+def test_some_rows_stand_for_all(ggml: Ggml) -> None:
+    """Rows that are alike give the same figure on some of them, whatever the families' biases are; random ones nearly the same."""
+    rng = np.random.default_rng(3)
+    few = {m: rng.standard_normal((64, 256)).astype(np.float32) / 16 for m in ("gate", "up")}
+    w = {m: np.repeat(rows, 4, axis=0) for m, rows in few.items()}
+    w["down"] = np.repeat(rng.standard_normal((64, 256)).astype(np.float32) / 16, 4, axis=0)
+    x, weight = torch.from_numpy(X), torch.from_numpy(GATE_WEIGHT)
+    whole, some = (expert_error(x, weight, w, ONES, ("q2_k", "q6_k"), ggml, most_rows=n) for n in (256, 64))
+    assert some[1] == pytest.approx(whole[1], rel=1e-4)
+    w = {m: WEIGHTS[m][1] for m in WEIGHTS}
+    whole, some = (expert_error(x, weight, w, ONES, ("q2_k", "q6_k"), ggml, most_rows=n) for n in (256, 128))
+    assert some == pytest.approx(whole, rel=0.25) and (some != whole).all()
+
+
+def test_biases_of_the_rows_taken(ggml: Ggml) -> None:
+    """gpt-oss adds a bias to each hidden unit: with all rows or some, each gets its own."""
+    bias = torch.linspace(-3, 3, 256)
+    asked: list[int] = []
+
+    def hidden(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, units: Units = None) -> torch.Tensor:
+        own = bias if units is None else bias[units]
+        asked.append(len(own))
+        return torch.relu(x @ gate.T + own) + x @ up.T * 0
+
+    w = {m: WEIGHTS[m][0] for m in WEIGHTS}
+    x, weight = torch.from_numpy(X), torch.from_numpy(GATE_WEIGHT)
+    exact = {m: (np.round(v * 256) / 256).astype(np.float32) for m, v in w.items()}
+    assert expert_error(x, weight, exact, ONES, ("f16",), ggml, hidden=hidden, most_rows=100).tolist() == [[0], [0]]
+    assert asked == [256, 100]
 
 
 def output_rounded(x: np.ndarray, w: dict[str, np.ndarray], kind: str, group: int) -> np.ndarray:
