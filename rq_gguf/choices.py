@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rq_gguf.errors import UserError
-from rq_gguf.gguf_file import read_headers
+from rq_gguf.gguf_file import total_size
 from rq_gguf.planning.budget import Budget, parse_budget, parse_size
 from rq_gguf.planning.policy import POLICIES, parse_balance_weight, parse_max_tiers, parse_replicas, parse_target_kld
 from rq_gguf.types import LADDER, PAPER_TYPES, parse_types, rank
@@ -73,7 +73,7 @@ def measure_like(budget: str) -> str:
         return budget
     path = Path(name).expanduser()
     try:
-        return f"like:{path.name} ({sum(header.size for header in read_headers(path))} bytes)"
+        return f"like:{path.name} ({total_size(path)} bytes)"
     except UserError as e:
         raise UserError(f"--budget {budget}: {e}; give a GGUF whose size is to be met") from e
 

@@ -10,6 +10,7 @@ from rq_gguf.calibration.file import read_any
 from rq_gguf.calibration.imatrix_file import is_dat
 from rq_gguf.choices import Choices, types_for
 from rq_gguf.errors import UserError
+from rq_gguf.extras import need
 from rq_gguf.format import GROUPS, MAX_TIERS
 from rq_gguf.job import Job
 from rq_gguf.planning.budget import ExpertShape
@@ -76,6 +77,8 @@ def gguf_of(model: str) -> Path | None:
 def check_family(directory: Path) -> None:
     """Refuse a dense or unknown model before anything long."""
     from rq_gguf.calibration.checkpoint import read_config
+
+    need("calibrate", f"calibrating {directory}")
     from rq_gguf.calibration.families import family_of
 
     family_of(read_config(directory), str(directory))

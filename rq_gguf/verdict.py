@@ -5,7 +5,38 @@ from pathlib import Path
 from typing import Any
 
 from rq_gguf.build import BuildReport, Remarks
+from rq_gguf.calibration.data import Calibration
+from rq_gguf.errors import UserError
+from rq_gguf.format import GROUPS
+from rq_gguf.planning.load import lis
 from rq_gguf.planning.plan import Plan
+from rq_gguf.runtime.tools import tool_path
+
+
+def calibration_line(c: Calibration, out: Path) -> str:
+    """What was measured."""
+    return f"{out}: {len(c.layers)} layers of {c.layers[0].n_expert} experts on {c.n_tokens} tokens, types {', '.join(c.types)}"
+
+
+def calibration_json(c: Calibration, out: Path) -> dict[str, Any]:
+    """A calibration's figures as plain data: load and its imbalance per layer, the error of each type summed over all experts."""
+    return {
+        "file": str(out),
+        "model": c.model,
+        "tokens": c.n_tokens,
+        "types": list(c.types),
+        "layers": [
+            {
+                "layer": layer.layer,
+                "n_expert": layer.n_expert,
+                "selections": layer.selections.tolist(),
+                "lis": lis(layer.selections, layer.n_expert),
+                "never_picked": int((layer.selections == 0).sum()),
+                "error": {group: dict(zip(c.types, layer.error[:, g].sum(axis=0).tolist(), strict=True)) for g, group in enumerate(GROUPS)},
+            }
+            for layer in c.layers
+        ],
+    }
 
 
 def plan_lines(plan: Plan, remarks: Remarks) -> list[str]:
@@ -50,7 +81,7 @@ def build_lines(report: BuildReport, dry_run: bool) -> list[str]:
     """The verdict on a build, then how to run the file."""
     lines = []
     if report.file_bytes is not None:
-        kind = "would take at most" if dry_run else "takes"
+        kind = "would take at most" if dry_run else "takes" if report.files == 1 else f"and {report.files - 1} more take"
         lines.append(f"file      {report.out} {kind} {report.file_bytes:,} bytes")
     lines += plan_lines(report.plan, report.remarks)
     steps = ", ".join(f"{name} {t:.1f} s" for name, t in report.seconds.items() if name != "total")
@@ -60,20 +91,25 @@ def build_lines(report: BuildReport, dry_run: bool) -> list[str]:
     return lines
 
 
-def run_command(program: Path, out: Path) -> str:
-    """The command line that runs a file."""
-    return shlex.join([str(program), "-m", str(out), "-p", "Once upon a time"])
+def run_commands(out: Path) -> list[str]:
+    """The command lines that run a file: one, or first the one that gets the program where it is not there."""
+    options = shlex.join(["-m", str(out), "-p", "Once upon a time"])
+    try:
+        return [f"{shlex.quote(str(tool_path('llama-cli')))} {options}"]
+    except UserError:
+        return ["rq-gguf runtime install", f'"$(rq-gguf runtime path llama-cli)" {options}']
 
 
-def build_json(report: BuildReport, command: str | None) -> dict[str, Any]:
+def build_json(report: BuildReport, commands: list[str] | None) -> dict[str, Any]:
     """A build as plain data."""
     return {
-        "file": str(report.out) if report.written or command else None,
+        "file": str(report.out) if report.written or commands else None,
+        "files": report.files,
         "file_bytes": report.file_bytes,
         "job": str(report.job),
         **plan_json(report.plan, report.remarks),
         "seconds": report.seconds,
-        "command": command,
+        "command": " && ".join(commands) if commands else None,
     }
 
 

@@ -43,6 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from rq_gguf.bench.printed import batched_speeds, bench_speeds
 from rq_gguf.format import (
     DEFAULT_DISPATCH_BLOCK,
     FORMAT_VERSION,
@@ -390,14 +391,10 @@ def bench_once(v: Variant, build_name: str, work: Path, out: Path, repetitions: 
     programs, log = work / f"bin-{build_name}", out / "bench.log"
     common: list[str | Path] = ["-m", file_of(v, work), "-ngl", "99"]
     printed = run([programs / "llama-bench", *common, "-p", "512,2048", "-n", "128", "-r", str(repetitions), "-o", "json"], log)
-    speeds = {f"tg{r['n_gen']}" if r["n_gen"] else f"pp{r['n_prompt']}": statistics.median(r["samples_ts"]) for r in json.loads(printed)}
-    options = ["-c", "4096", "-npp", "16", "-ntg", "48", "-npl", ",".join(map(str, SEQUENCES)), "--output-format", "jsonl"]
+    speeds = bench_speeds(printed)
+    options = ["-c", "4096", "-npp", "16", "-ntg", "48,1", "-npl", ",".join(map(str, SEQUENCES)), "--output-format", "jsonl"]
     printed = run([programs / "llama-batched-bench", *common, *options], log)
-    for line in printed.splitlines():
-        if line.startswith("{"):
-            r = json.loads(line)
-            speeds[f"{r['pl']} seq"] = r["speed_tg"]
-    return speeds
+    return speeds | {f"{n} seq": speed for n, speed in batched_speeds(printed).items()}
 
 
 def expected(v: Variant, test: str, results: Mapping[str, Measured]) -> float:

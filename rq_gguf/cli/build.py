@@ -5,10 +5,16 @@ from pathlib import Path
 import click
 
 from rq_gguf.cli.failures import Failure
-from rq_gguf.cli.options import JSON, MEMORY, TARGET, check_target, emit, other_options, path_type, plan_options, say
+from rq_gguf.cli.options import JSON, MEMORY, TARGET, check_target, emit, examples, other_options, path_type, plan_options
+
+EXAMPLES = examples(
+    "rq-gguf build demo demo-rq.gguf",
+    "rq-gguf build demo-rq.gguf.rq/base.gguf demo-4bit.gguf --budget q4_k --replicas 0 --calibration demo-rq.gguf.rq/calibration.gguf",
+    "rq-gguf build demo-rq.gguf.rq/base.gguf demo-kld.gguf --target-kld 0.05 --imatrix demo-rq.gguf.rq/calibration.gguf --dry-run",
+)
 
 
-@click.command()
+@click.command(epilog=EXAMPLES)
 @click.argument("model")
 @click.argument("out", type=path_type())
 @plan_options
@@ -25,6 +31,8 @@ from rq_gguf.cli.options import JSON, MEMORY, TARGET, check_target, emit, other_
 )
 @MEMORY
 @click.option("--allow-pickle", is_flag=True, help="Convert weights in .bin files too, which can run code when they are read.")
+@click.option("--split-max-size", metavar="SIZE", help="Several files of at most this size (4GB, or 4G as in llama-gguf-split); give "
+              "llama.cpp the first.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Stop after the plan and print what to expect.")
 @JSON
 @click.option("--force", is_flag=True, help="Redo every step, and replace OUT whatever it is.")
@@ -48,6 +56,7 @@ def build(
     verify: Path | None,
     max_memory: str | None,
     allow_pickle: bool,
+    split_max_size: str | None,
     dry_run: bool,
     json_file: Path | None,
     force: bool,
@@ -62,9 +71,11 @@ def build(
     check_target(ctx)
     from rq_gguf import build as steps
     from rq_gguf import verdict
+    from rq_gguf.card.naming import name_for
     from rq_gguf.choices import check_choices, parse_memory
-    from rq_gguf.runtime.tools import tool_path
+    from rq_gguf.verbosity import say
     from rq_gguf.writing.others import parse_others
+    from rq_gguf.writing.split import parse_split_size
 
     choices = check_choices(budget, types, replicas, policy, max_tiers, balance_weight, target_kld)
     report = steps.build(
@@ -80,13 +91,14 @@ def build(
         force=force,
         max_memory=parse_memory(max_memory),
         allow_pickle=allow_pickle,
+        split_bytes=parse_split_size(split_max_size),
         say=say,
     )
-    lines, command = verdict.build_lines(report, dry_run), None
+    lines, commands = verdict.build_lines(report, dry_run), None
     if not dry_run:
-        command = verdict.run_command(tool_path("llama-cli"), out)
-        lines += ["", "run it:", f"  {command}"]
-    emit(lines, json_file, verdict.build_json(report, command))
+        commands = verdict.run_commands(report.out)
+        lines += [f"name      {name_for(report.out)}, if you publish it: rq-gguf card", "", "run it:", *(f"  {c}" for c in commands)]
+    emit(lines, json_file, verdict.build_json(report, commands))
 
 
 def _refuse_beside_plan(ctx: click.Context) -> None:

@@ -5,7 +5,10 @@ from typing import Any
 
 import click
 
+from rq_gguf import extras
 from rq_gguf.atomic import FULL
+from rq_gguf.cli.json_option import with_value
+from rq_gguf.cli.verbosity import Group
 from rq_gguf.errors import UserError
 
 DEBUG = "RQ_GGUF_DEBUG"
@@ -21,8 +24,11 @@ class Bug(click.ClickException):
     exit_code = 1
 
 
-class Commands(click.Group):
+class Commands(Group):
     """Turns exceptions into one line and an exit status: 2 for a bad input, 130 for Ctrl-C, 1 for a bug."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        return super().resolve_command(ctx, with_value(args))
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -41,6 +47,8 @@ class Commands(click.Group):
 def failure(e: Exception) -> click.ClickException:
     if isinstance(e, UserError):
         return Failure(str(e))
+    if isinstance(e, ModuleNotFoundError) and (extra := extras.of_module(e.name)):
+        return Failure(f"this needs {e.name}, which is not installed; run: {extras.command(extra)}")
     if isinstance(e, OSError) and e.errno in FULL:
         return Failure(f"the disk is full{f' ({e.filename})' if e.filename else ''}; free some space and run the command again")
     if isinstance(e, FileNotFoundError) and "temporary directory" in str(e):  # tempfile's own words

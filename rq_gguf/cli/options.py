@@ -9,7 +9,9 @@ import click
 
 from rq_gguf import defaults
 from rq_gguf.cli.failures import Failure
+from rq_gguf.cli.json_option import JSON as JSON
 from rq_gguf.types import LADDER, PAPER_TYPES
+from rq_gguf.verbosity import is_quiet
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -19,9 +21,11 @@ def path_type(**checks: Any) -> click.Path:
 
 
 INPUT = path_type(exists=True, dir_okay=False)
-JSON = click.option(
-    "--json", "json_file", type=path_type(dir_okay=False, allow_dash=True), metavar="FILE", help="Write the figures as JSON (- for stdout)."
-)
+
+
+def examples(*commands: str) -> str:
+    """A command's epilog. Each example runs as written, in this order, in an empty directory (tests/docs runs them)."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
 
 
 TARGET = click.option("--target-kld", metavar="NATS", help="Instead of a budget: the smallest file whose mean KL divergence from the "
@@ -63,9 +67,10 @@ def other_options(command: _Function) -> _Function:
 
 
 def emit(lines: list[str], json_file: Path | None, data: dict[str, Any]) -> None:
-    """Print a report; with `--json -` the data has stdout and the lines go to stderr."""
+    """Print a report; with `--json -` the data has stdout, and the lines go to stderr, or nowhere if all is to be quiet."""
     to_stdout = json_file is not None and str(json_file) == "-"
-    click.echo("\n".join(lines), err=to_stdout)
+    if not (to_stdout and is_quiet()):
+        click.echo("\n".join(lines), err=to_stdout)
     if json_file is None:
         return
     text = json.dumps(data, indent=2) + "\n"
@@ -76,10 +81,6 @@ def emit(lines: list[str], json_file: Path | None, data: dict[str, Any]) -> None
 
     with replacing(json_file) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def say(line: str) -> None:
-    click.echo(line, err=True)
 
 
 def check_target(ctx: click.Context) -> None:

@@ -4,10 +4,15 @@ from pathlib import Path
 
 import click
 
-from rq_gguf.cli.options import INPUT, JSON, TARGET, check_target, emit, other_options, path_type, plan_options
+from rq_gguf.cli.options import INPUT, JSON, TARGET, check_target, emit, examples, other_options, path_type, plan_options
+
+EXAMPLES = examples(
+    "rq-gguf plan calibration.gguf -o plan.json --budget 6.0bpw --replicas 2",
+    "rq-gguf plan calibration.gguf -o plan.json --target-kld 0.05 --json",
+)
 
 
-@click.command()
+@click.command(epilog=EXAMPLES)
 @click.argument("calibration", type=INPUT)
 @click.option("-o", "--output", "out", type=path_type(dir_okay=False), required=True, metavar="FILE", help="The plan.json to write.")
 @plan_options

@@ -5,10 +5,15 @@ from pathlib import Path
 import click
 
 from rq_gguf import defaults
-from rq_gguf.cli.options import INPUT, JSON, emit, path_type
+from rq_gguf.cli.options import INPUT, JSON, emit, examples, path_type
+
+EXAMPLES = examples(
+    "rq-gguf report demo-rq.gguf -o report.html",
+    "rq-gguf report calibration.gguf -o report.html --budget 6.0bpw --vram 4MB --figures figures",
+)
 
 
-@click.command()
+@click.command(epilog=EXAMPLES)
 @click.argument("source", type=INPUT, metavar="CALIBRATION_OR_GGUF")
 @click.option("-o", "--output", "out", type=path_type(dir_okay=False), required=True, metavar="FILE.html", help="The page to write.")
 @click.option("--calibration", type=INPUT, metavar="FILE", help="What a GGUF was built with; found by itself where build left it.")

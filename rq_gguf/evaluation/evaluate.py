@@ -1,11 +1,13 @@
 """`rq-gguf eval`: quality against the base model and balance of the experts' load, on the user's texts, and accuracy on tasks."""
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import rq_gguf
 from rq_gguf.errors import UserError
 from rq_gguf.evaluation.balance import COUNTS_VARIABLE, Balance, measure_balance, read_counts
 from rq_gguf.evaluation.items import read_task
@@ -15,14 +17,19 @@ from rq_gguf.evaluation.quality import (
     Figure,
     Quality,
     check_same_vocabulary,
-    measure_quality,
+    compare,
     parse_estimate,
     run_perplexity,
+    save_logits,
 )
 from rq_gguf.evaluation.tasks import TaskResult, measure_tasks
 from rq_gguf.evaluation.tasks import describe as task_lines
 from rq_gguf.evaluation.tasks import to_json as tasks_json
 from rq_gguf.evaluation.text import BLOCK, CHARACTERS_PER_CHUNK, mix, read_text
+from rq_gguf.gguf_file import total_size
+from rq_gguf.job import job_directory
+
+log = logging.getLogger(__name__)
 
 CHUNKS = 80
 FILE_CHUNKS = 30
@@ -54,6 +61,18 @@ class Evaluation:
     by_text: tuple[TextBalance, ...]
     """Each text by itself; empty where there is only one."""
     tasks: tuple[TaskResult, ...] = ()
+    balance_base: Balance | None = None
+    """Of the base, on the mix."""
+
+
+@dataclass(frozen=True)
+class _OnTexts:
+    """What the texts say of one file."""
+
+    quality: Quality | None = None
+    balance: Balance | None = None
+    by_text: tuple[TextBalance, ...] = ()
+    balance_base: Balance | None = None
 
 
 def evaluate(
@@ -75,25 +94,58 @@ def evaluate(
     items: how many of each task, evenly spaced; all where None. threads: llama.cpp's default where None.
     Raises UserError for files that are missing, no GGUFs or of different models, texts too short to be scored and malformed tasks.
     """
-    if chunks < 1 or file_chunks < 1:
-        raise UserError(f"--chunks {min(chunks, file_chunks)} leaves nothing to evaluate; give 1 or more")
+    return evaluate_all([out], base, texts, tasks, chunks=chunks, file_chunks=file_chunks, items=items, threads=threads, progress=progress)[
+        0
+    ]
+
+
+def evaluate_all(
+    files: Sequence[Path],
+    base: Path,
+    texts: Sequence[Path],
+    tasks: Sequence[Path] = (),
+    *,
+    chunks: int = CHUNKS,
+    file_chunks: int = FILE_CHUNKS,
+    items: int | None = None,
+    threads: int | None = None,
+    progress: bool = True,
+) -> tuple[Evaluation, ...]:
+    """`evaluate` for several files of one base, which is run only once. file_chunks: 0 runs no text by itself. Raises UserError."""
+    if chunks < 1:
+        raise UserError(f"--chunks {chunks} leaves nothing to evaluate; give 1 or more")
     if threads is not None and threads < 1:
         raise UserError(f"--threads {threads} cannot run anything; give 1 or more")
     if not texts and not tasks:
         raise UserError("nothing to evaluate on; give at least one --text FILE or --tasks FILE")
     contents = [read_text(path) for path in texts]
     read = [read_task(path, items) for path in tasks]
-    check_same_vocabulary(out, base)
-    quality, balance = None, None
-    by_text: tuple[TextBalance, ...] = ()
-    if texts:
-        quality, balance, by_text = _run_texts(out, base, texts, contents, chunks, file_chunks, threads, progress)
-    answered = measure_tasks(out, base, read, threads=threads, progress=progress) if tasks else ()
-    return Evaluation(out, base, out.stat().st_size, base.stat().st_size, tuple(texts), quality, balance, by_text, answered)
+    for out in files:
+        check_same_vocabulary(out, base)
+    found = _run_texts(files, base, texts, contents, chunks, file_chunks, threads, progress) if texts else [_OnTexts()] * len(files)
+    answered = measure_tasks(files, base, read, threads=threads, progress=progress) if tasks else [()] * len(files)
+    return tuple(
+        Evaluation(out, base, total_size(out), total_size(base), tuple(texts), t.quality, t.balance, t.by_text, a, t.balance_base)
+        for out, t, a in zip(files, found, answered, strict=True)
+    )
+
+
+def base_of(out: Path) -> Path:
+    """The base model of a file that `build` wrote, where build left it. Raises UserError where it is not there."""
+    base = job_directory(out) / "base.gguf"
+    if not base.is_file():
+        raise UserError(f"{base} is not there; name the GGUF that {out.name} was made from with --base")
+    return base
+
+
+def own_text() -> tuple[Path, ...]:
+    """The project's held-out text, with a warning."""
+    log.warning("no text given: using the project's own held-out text (public-domain prose); a text of your own kind says more")
+    return (Path(rq_gguf.__file__).parent / "data" / "heldout.txt",)
 
 
 def _run_texts(
-    out: Path,
+    files: Sequence[Path],
     base: Path,
     texts: Sequence[Path],
     contents: Sequence[str],
@@ -101,20 +153,26 @@ def _run_texts(
     file_chunks: int,
     threads: int | None,
     progress: bool,
-) -> tuple[Quality, Balance, tuple[TextBalance, ...]]:
+) -> list[_OnTexts]:
+    """Per file, with the base run once."""
+    found = []
     with tempfile.TemporaryDirectory(prefix="rq-gguf-eval-") as directory:
         work = Path(directory)
         mixed = work / ("mix.txt" if len(texts) > 1 else texts[0].name)
         block = min(BLOCK, max(256, chunks * CHARACTERS_PER_CHUNK // len(texts)))
         mixed.write_text(mix(contents, block), encoding="utf-8")
-        counts = work / "counts.json"
-        quality = measure_quality(
-            out, base, mixed, chunks=chunks, work=work, threads=threads, env={COUNTS_VARIABLE: str(counts)}, progress=progress
-        )
-        balance = measure_balance(read_counts(counts))
-        mixed.unlink()
-        by_text = [_run_text(out, path, file_chunks, threads, work, progress) for path in texts] if len(texts) > 1 else []
-    return quality, balance, tuple(by_text)
+        logits, counts = work / "base-logits.bin", work / "counts.json"
+        env = {COUNTS_VARIABLE: str(counts)}
+        save_logits(base, mixed, logits, chunks=chunks, threads=threads, env=env, progress=progress)
+        balance_base = measure_balance(read_counts(counts))
+        for out in files:
+            counts.unlink()  # a run that writes none must not pass for the one before
+            quality = compare(out, mixed, logits, chunks=chunks, threads=threads, env=env, progress=progress)
+            balance = measure_balance(read_counts(counts))
+            alone = texts if file_chunks and len(texts) > 1 else []
+            by_text = tuple(_run_text(out, path, file_chunks, threads, work, progress) for path in alone)
+            found.append(_OnTexts(quality, balance, by_text, balance_base))
+    return found
 
 
 def _run_text(out: Path, text: Path, chunks: int, threads: int | None, work: Path, progress: bool) -> TextBalance:

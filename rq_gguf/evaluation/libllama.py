@@ -6,7 +6,7 @@ Structures follow include/llama.h of the pinned llama.cpp. A library whose defau
 import ctypes
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -75,6 +75,9 @@ _CONTEXT_DEFAULTS = {
     "yarn_beta_slow": -1.0, "type_k": 1, "type_v": 1, "embeddings": False, "offload_kqv": True, "no_perf": True, "kv_unified": False,
     "samplers": None, "n_samplers": 0,
 }  # fmt: skip
+NodeCallback = Callable[[int, bool], bool]
+"""(address of a ggml_tensor, whether to say if it is of interest) -> that, or with a tensor that was computed whether to go on."""
+_NodeCallback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
 _LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
@@ -152,13 +155,19 @@ class Llama:
             n = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, len(tokens), False, False)
         return tokens[:n]
 
-    def start(self, n_tokens: int, n_sequences: int, threads: int) -> None:
-        """Make the context. n_tokens, n_sequences: the most that a batch holds. Raises UserError where llama.cpp makes none."""
+    def start(self, n_tokens: int, n_sequences: int, threads: int, on_node: NodeCallback | None = None) -> None:
+        """Make the context. n_tokens, n_sequences: the most that a batch holds. on_node: see NodeCallback.
+
+        Raises UserError where llama.cpp makes none.
+        """
         params = self._context_params
         params.n_ctx = params.n_batch = n_tokens
         params.n_seq_max = n_sequences
         params.n_threads = params.n_threads_batch = threads
         params.kv_unified = True  # sequences share tokens and room
+        if on_node is not None:
+            self._node_callback = _NodeCallback(lambda tensor, ask, _: on_node(tensor, ask))
+            params.cb_eval = ctypes.cast(self._node_callback, ctypes.c_void_p)
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
             raise UserError(f"llama.cpp made no context of {n_tokens} tokens: {self.last_error()}")

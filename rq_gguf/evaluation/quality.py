@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from tqdm import tqdm
-
 from rq_gguf.errors import UserError
 from rq_gguf.gguf_file import read_header
+from rq_gguf.progress import Bar
 from rq_gguf.runtime.tools import Output, last_error, run_tool
 
 N_CTX = 512
@@ -58,36 +57,23 @@ LABELS = {
 """Field of Quality -> llama-perplexity's label, spaces run together."""
 
 
-def measure_quality(
-    out: Path,
+def save_logits(
     base: Path,
     text: Path,
+    logits: Path,
     *,
     chunks: int,
-    work: Path,
     threads: int | None = None,
     env: Mapping[str, str] | None = None,
     progress: bool = True,
-) -> Quality:
-    """Compare `out` with `base` on the first chunks of a text file.
+) -> None:
+    """Run the base on the first chunks of a text and keep its logits in a file.
 
-    work: a directory for the base's logits, removed afterwards. env: environment variables for the run of `out` only.
-    Raises UserError for models with different vocabularies, a text too short, too little space, and whatever llama-perplexity refuses.
+    Raises UserError for a text too short, too little space, and whatever llama-perplexity refuses.
     """
-    check_same_vocabulary(out, base)
-    logits = work / "base-logits.bin"
-    try:
-        save_logits(base, text, logits, chunks=chunks, threads=threads, progress=progress)
-        return compare(out, text, logits, chunks=chunks, threads=threads, env=env, progress=progress)
-    finally:
-        logits.unlink(missing_ok=True)
-
-
-def save_logits(base: Path, text: Path, logits: Path, *, chunks: int, threads: int | None = None, progress: bool = True) -> None:
-    """Run the base on the first chunks of a text and keep its logits in a file. Raises UserError as `measure_quality` does."""
     check_space(logits.parent, logits_bytes(vocabulary_size(base), chunks))
     args: list[str | Path] = ["-f", text, "--kl-divergence-base", logits]
-    printed = run_perplexity(base, args, chunks=chunks, threads=threads, what=f"base on {text.stem}", progress=progress)
+    printed = run_perplexity(base, args, chunks=chunks, threads=threads, env=env, what=f"base on {text.stem}", progress=progress)
     parse_estimate(printed, text)
 
 
@@ -101,7 +87,7 @@ def compare(
     env: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> Quality:
-    """Compare a file with a base's logits from `save_logits` of the same text and chunks."""
+    """Compare a file with a base's logits from `save_logits` of the same text and chunks. env: environment variables for the run."""
     args: list[str | Path] = ["-f", text, "--kl-divergence-base", logits, "--kl-divergence"]
     what = f"{out.name} on {text.stem}"
     return parse_statistics(run_perplexity(out, args, chunks=chunks, threads=threads, env=env, what=what, progress=progress))
@@ -209,7 +195,7 @@ class _ChunkBar:
     _DONE = re.compile(r"\[(\d+)\]-?[\dn]|^ *(\d+) .*±.*\n", re.MULTILINE)
 
     def __init__(self, what: str, chunks: int, shown: bool) -> None:
-        self._bar = tqdm(total=chunks, desc=what, unit="chunk", delay=0.5, leave=False, disable=None if shown else True)
+        self._bar = Bar(total=chunks, desc=what, unit="chunk", delay=0.5, leave=False, disable=None if shown else True)
         self._tail = ""
 
     def __enter__(self) -> "_ChunkBar":

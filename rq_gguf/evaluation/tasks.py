@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 import rq_gguf
 from rq_gguf.errors import UserError
 from rq_gguf.evaluation.items import Item, Task
 from rq_gguf.evaluation.quality import Figure, check_same_vocabulary
+from rq_gguf.progress import Bar
 from rq_gguf.runtime.tools import library_path, run_tool
 
 
@@ -60,21 +60,23 @@ class TaskResult:
 
 
 def measure_tasks(
-    out: Path,
+    files: Sequence[Path],
     base: Path,
     tasks: Sequence[Task],
     *,
     threads: int | None = None,
     progress: bool = True,
-) -> tuple[TaskResult, ...]:
-    """Score tasks with two models. An item longer than their context is cut from the left, as lm-evaluation-harness does.
+) -> list[tuple[TaskResult, ...]]:
+    """[files][tasks] Score tasks with a base and with files. An item longer than their context is cut from the left, as
+    lm-evaluation-harness does.
 
     threads: one per processor core where None.
     Raises UserError for models that differ, files that llama.cpp refuses, and items that cannot be scored.
     """
-    check_same_vocabulary(out, base)
-    by_model = [score_tasks(model, tasks, threads=threads, progress=progress) for model in (base, out)]
-    return tuple(compare(task, *scores) for task, *scores in zip(tasks, *by_model, strict=True))
+    for out in files:
+        check_same_vocabulary(out, base)
+    theirs, *ours = (score_tasks(model, tasks, threads=threads, progress=progress) for model in (base, *files))
+    return [tuple(compare(*scores) for scores in zip(tasks, theirs, found, strict=True)) for found in ours]
 
 
 def score_tasks(model: Path, tasks: Sequence[Task], *, threads: int | None = None, progress: bool = True) -> list[Scores]:
@@ -87,12 +89,12 @@ def score_tasks(model: Path, tasks: Sequence[Task], *, threads: int | None = Non
         "items": [(item.context, [" " + choice for choice in item.choices]) for _, item in items],
     }
     what = f"{model.name} on {tasks[0].name}" + (f" and {len(tasks) - 1} more" if len(tasks) > 1 else "")
-    with tempfile.TemporaryDirectory(prefix="rq-gguf-tasks-") as directory, _ItemBar(what, len(items), progress) as bar:
+    with tempfile.TemporaryDirectory(prefix="rq-gguf-tasks-") as directory, ItemBar(what, len(items), progress) as bar:
         request_file, answer_file = Path(directory, "request.json"), Path(directory, "answer.json")
         request_file.write_text(json.dumps(request), encoding="utf-8")
         # -P: no module of the user's working directory takes the place of one of Python's.
         command: list[str | Path] = [sys.executable, "-P", "-m", "rq_gguf.evaluation.scorer", request_file, answer_file]
-        run_tool(command, env={"PYTHONPATH": _search_path()}, on_output=bar.feed)
+        run_tool(command, env={"PYTHONPATH": search_path()}, on_output=bar.feed)
         answer = json.loads(answer_file.read_text(encoding="utf-8"))
     if "error" in answer:
         if "item" not in answer:
@@ -154,19 +156,19 @@ def default_threads() -> int:
         return len(cpus)
 
 
-def _search_path() -> str:
+def search_path() -> str:
     """PYTHONPATH with which another process finds this package, installed or not."""
     return os.pathsep.join([str(Path(rq_gguf.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-class _ItemBar:
-    """A progress bar fed with what the scorer prints: how many items are done, a line each time."""
+class ItemBar:
+    """A progress bar fed with what a program prints: how many items are done, a line each time."""
 
-    def __init__(self, what: str, items: int, shown: bool) -> None:
-        self._bar = tqdm(total=items, desc=what, unit="item", delay=0.5, leave=False, disable=None if shown else True)
+    def __init__(self, what: str, items: int, shown: bool, unit: str = "item") -> None:
+        self._bar = Bar(total=items, desc=what, unit=unit, delay=0.5, leave=False, disable=None if shown else True)
         self._line = ""
 
-    def __enter__(self) -> "_ItemBar":
+    def __enter__(self) -> "ItemBar":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

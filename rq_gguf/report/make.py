@@ -4,8 +4,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from rq_gguf import defaults
 from rq_gguf.atomic import reason, replacing
 from rq_gguf.calibration.data import Calibration
@@ -14,10 +12,11 @@ from rq_gguf.calibration.imatrix_file import is_dat
 from rq_gguf.errors import UserError
 from rq_gguf.format import KEY_CALIBRATION_HASH, KEY_FORMAT_VERSION, parse_expert_name
 from rq_gguf.gguf_file import read_header
-from rq_gguf.job import file_hash
+from rq_gguf.job import file_hash, job_directory
 from rq_gguf.planning.budget import parse_budget, parse_size
 from rq_gguf.planning.file import read_plan
 from rq_gguf.planning.policy import AUTO, make_plan
+from rq_gguf.progress import Bar
 from rq_gguf.report.colours import palette
 from rq_gguf.report.data import Report, Subject
 from rq_gguf.report.figures import WIDE, drawn
@@ -48,8 +47,10 @@ def make_report(source: Path, options: Options) -> Report:
     """
     vram = None if options.vram is None else _size(options.vram)
     subject = _of_calibration(source, options) if is_dat(source) or _is_statistics(source) else _of_file(source, options)
+    known = "with" if subject.calibration is not None else "without"
+    log.debug("%s: %d layers, %s a calibration", source, len(subject.layers), known)
     total = BUDGETS if subject.calibration is not None else 0
-    with tqdm(total=total, desc="planning", unit="budget", leave=False, disable=not total or None, delay=1) as bar:
+    with Bar(total=total, desc="planning", unit="budget", leave=False, disable=not total or None, delay=1) as bar:
         return gather(subject, vram=vram, step=bar.update)
 
 
@@ -149,7 +150,7 @@ def _calibration_of(path: Path, sha256: str, given: Path | None) -> tuple[Calibr
         c = read_any(given)
         same = file_hash(given) == sha256
         return c, () if same else (f"{path.name} was not made with {given.name}: what it predicts is predicted from other measurements",)
-    beside = path.with_name(path.name + ".rq") / "calibration.gguf"
+    beside = job_directory(path) / "calibration.gguf"
     if beside.is_file() and file_hash(beside) == sha256:
         return read_any(beside), ()
     missing = "errors and importance are not known: they are in the calibration that the file was made with (--calibration)"

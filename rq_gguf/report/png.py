@@ -1,8 +1,8 @@
 """Drawings as PNG, through matplotlib where it is installed (extra `report`)."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
+from rq_gguf.extras import has
 from rq_gguf.report.shapes import Cells, Dots, Drawing, Line, Text
 
 _DPI = 100  # a pixel of the drawing is 1/100 inch
@@ -11,7 +11,7 @@ _ALIGN = {"start": "left", "middle": "center", "end": "right"}
 
 
 def available() -> bool:
-    return find_spec("matplotlib") is not None
+    return has("matplotlib")
 
 
 def write_png(drawing: Drawing, palette: dict[str, str], path: Path, scale: float = 2.0) -> None:

@@ -1,0 +1,1 @@
+"""Speed of files on llama.cpp's own programs, side by side."""
