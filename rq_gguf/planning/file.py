@@ -119,7 +119,7 @@ def read_plan(path: Path, calibration: Calibration, other_bytes: int | None = No
     A plan for a target has no bound on its bytes, but on its predicted KL divergence.
     Raises UserError naming the layer and expert at fault.
     """
-    data = _load(path)
+    data = read_json(path)
     shape = expert_shape(calibration)
     layers = _layers(path, data, calibration, shape)
     dispatch, block = data.get("dispatch", DISPATCHES[0]), data.get("dispatch_block", DEFAULT_DISPATCH_BLOCK)
@@ -177,7 +177,8 @@ def _allowed(path: Path, data: dict[str, Any], budget: str, shape: ExpertShape, 
     return spec.expert_bytes(shape, n_layers, other_bytes or 0)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A plan's JSON, not looked at beyond its version. Raises UserError for what is no plan."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:

@@ -174,6 +174,15 @@ def test_inspect_refuses_other_files(tmp_path: Path) -> None:
     refused(run("inspect", tmp_path / "x.gguf"), "x.gguf")
 
 
+def test_eval_looks_for_the_base_where_build_leaves_it(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"no GGUF at all")
+    refused(run("eval", tmp_path / "x.gguf"), "x.gguf.rq/base.gguf is not there; name the GGUF that x.gguf was made from with --base")
+    (tmp_path / "x.gguf.rq").mkdir()
+    (tmp_path / "x.gguf.rq" / "base.gguf").write_bytes(b"no GGUF either")
+    found = run("eval", tmp_path / "x.gguf")
+    assert found.exit_code == 2 and "no text given: using the project's own held-out text" in found.stderr and "x.gguf" in found.stderr
+
+
 def test_runtime_that_is_not_installed(tmp_path: Path) -> None:
     env = {"RQ_GGUF_CACHE": str(tmp_path), "RQ_GGUF_RUNTIME": ""}
     refused(run("runtime", "path", env=env), "rq-gguf runtime install")

@@ -68,8 +68,9 @@ What checkpoints and files may be (`tests/families/test_sources.py`):
 
 - float32, float16, bfloat16, FP8 with a scale per block, and MXFP4, in one safetensors file or several. Other quantized checkpoints (GPTQ,
   AWQ, ...) are refused: give the model they were made from.
-- A base GGUF may be in several files. A finished file is one; `llama-gguf-split --split --split-max-size 4G` makes it several, which the
-  patched llama.cpp loads as they are, and `--merge` puts them together again.
+- A base GGUF may be in several files, and so may a finished one (`--split-max-size 4GB`): `llama-gguf-split --merge` puts them together,
+  `--split` takes them apart, and the patched llama.cpp loads either.
+- All layers with experts must have equally many: llama.cpp knows one number for a model.
 - Blocks that predict further tokens (GLM-4, Qwen3-Next, Qwen3.5, where the checkpoint has them) keep their experts together, in the type
   that llama-quantize gives them: nothing is known of their load.
 - Rows that do not fit a type's blocks take llama-quantize's fallback. Layers may differ in whether they have experts, not in how many:
