@@ -18,7 +18,7 @@ from rq_gguf.placement.machine import ExpertSize, Machine
 from rq_gguf.placement.pack import add_copies, split_over_instances
 from rq_gguf.placement.simulate import Workload, simulate
 
-TOKENS = 24576
+TOKENS = 65536
 TOLERANCE = 0.03
 """Of a busiest device over the mean, relative."""
 EXTRA_TOLERANCE = 0.02
