@@ -177,6 +177,11 @@ def read_header(path: Path, file: int = 0) -> Header:
     return header
 
 
+def split_name(stem: str, number: int, count: int) -> str:
+    """Of file `number`, from 0, of a model in several (llama.cpp's llama_split_path). SPLIT_NAME reads it."""
+    return f"{stem}-{number + 1:05}-of-{count:05}.gguf"
+
+
 def read_headers(path: Path) -> list[Header]:
     """Headers of all files of a model that may be split, the first one's first. Raises UserError where a file is missing or another's."""
     first = read_header(path)
@@ -185,12 +190,12 @@ def read_headers(path: Path) -> list[Header]:
         return [first]
     name = SPLIT_NAME.fullmatch(path.name)
     if name is None or int(name[3]) != count:
-        raise UserError(f"{path} is part of a model in {count} files, whose names must end in -00001-of-{count:05}.gguf")
+        raise UserError(f"{path} is part of a model in {count} files, whose names must end in {split_name('', 0, count)}")
     if first.integer("split.no", 0) != 0 or int(name[2]) != 1:
-        raise UserError(f"{path} is not the first file of its model; give {name[1]}-00001-of-{count:05}.gguf")
+        raise UserError(f"{path} is not the first file of its model; give {split_name(name[1], 0, count)}")
     headers = [first]
     for i in range(1, count):
-        header = read_header(path.with_name(f"{name[1]}-{i + 1:05}-of-{count:05}.gguf"), i)
+        header = read_header(path.with_name(split_name(name[1], i, count)), i)
         if header.integer("split.no", -1) != i or header.integer("split.count", 0) != count:
             raise UserError(f"{header.path} is not file {i + 1} of {count} of {path.name}; get the model's files again")
         headers.append(header)

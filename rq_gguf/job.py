@@ -112,13 +112,11 @@ class Job:
         Files of the step that an earlier run made and that are not among them any more are removed.
         editable: the file is one that people edit; then a changed file is refused rather than made anew.
         """
-        known = self._steps().get(name, {})
-        before = self._untouched(name)
-        untouched = bool(before) and self._record_is(name, before)
-        if untouched and known.get("key") == step_key and not self._force:
+        known, before = self._steps().get(name, {}), self._untouched(name)
+        if self.is_done(name, step_key):
             self.say(f"{name}: done before, {before[0]}")
             return before
-        if editable and path.exists() and known and not untouched and not known.get("pending") and not self._force:
+        if editable and path.exists() and known and not self._is_whole(name) and not known.get("pending") and not self._force:
             raise UserError(f"{path} was edited; use it with --plan, or --force to make it anew")
         # Interrupted between the file and its record, the file is still known to be ours.
         self._save(self._steps() | {name: {**known, "pending": True}})
@@ -134,8 +132,7 @@ class Job:
 
     def is_done(self, name: str, step_key: str) -> bool:
         """True if `step` would skip."""
-        files = self._untouched(name)
-        return not self._force and self._steps().get(name, {}).get("key") == step_key and bool(files) and self._record_is(name, files)
+        return not self._force and self._steps().get(name, {}).get("key") == step_key and self._is_whole(name)
 
     def _steps(self) -> dict[str, Any]:
         try:
@@ -155,8 +152,9 @@ class Job:
         """The files that a step made and that nobody changed since."""
         return tuple(path for path, known in self._files(name).items() if path.is_file() and _state(path) == known)
 
-    def _record_is(self, name: str, files: Sequence[Path]) -> bool:
-        return len(files) == len(self._files(name))
+    def _is_whole(self, name: str) -> bool:
+        """True if a step made files and all of them are as it left them."""
+        return 0 < len(self._files(name)) == len(self._untouched(name))
 
     def _remember(self, name: str, step_key: str, files: Sequence[Path]) -> None:
         self._save(self._steps() | {name: {"key": step_key, "files": {path.name: _state(path) for path in files}}})

@@ -31,7 +31,6 @@ from rq_gguf.calibration.data import Calibration, LayerCalibration
 from rq_gguf.calibration.families import MoeBlock, decoder_layers, moe_blocks
 from rq_gguf.calibration.file import read_calibration
 from rq_gguf.calibration.measure import measure_layer
-from rq_gguf.calibration.requantize import default_threads
 from rq_gguf.calibration.response import SEQUENCES, change, divergence, flip_rate
 from rq_gguf.calibration.run import SAMPLES, Observer, batches, cut, evenly, measured_tokens, sequence_length, tokenize, weights_of
 from rq_gguf.evaluation.text import mix, read_text
@@ -40,6 +39,7 @@ from rq_gguf.ggml import Ggml
 from rq_gguf.planning.file import read_plan, write_plan
 from rq_gguf.planning.policy import make_plan
 from rq_gguf.runtime.tools import library_path
+from rq_gguf.threads import available_threads
 
 HELD_OUT = 32768
 """Tokens of the second and third table."""
@@ -129,7 +129,7 @@ class Study:
         layer = next(c for c in self.calibration.layers if c.layer == b.layer)
         before = [[w.clone() for w in b.expert(e)] for e in range(b.n_expert)]
         for group in groups:
-            change(b, layer, group, self.calibration.response.type, self.ggml, default_threads())
+            change(b, layer, group, self.calibration.response.type, self.ggml, available_threads())
         try:
             yield
         finally:
@@ -145,7 +145,7 @@ class Study:
                 layer = next(c for c in self.calibration.layers if c.layer == b.layer)
                 assert self.calibration.response is not None
                 for group in GROUPS:
-                    change(b, layer, group, self.calibration.response.type, self.ggml, default_threads())
+                    change(b, layer, group, self.calibration.response.type, self.ggml, available_threads())
         after, later = self.logs()
         return divergence(before, after), sum(flip_rate(chosen[layer], later[layer]) for layer in chosen)
 
@@ -188,7 +188,7 @@ def errors_on(directory: Path, calibration: Calibration, text: str, ggml: Ggml) 
         seen, sample = observer.take(b)
         tokens = measured_tokens(sample, seen, SAMPLES, b.family.weighs_inputs)
         errors = [
-            measure_layer(c, tokens, weights_of(b), types, ggml, threads=default_threads(), tick=lambda: None, hidden=b.hidden).error
+            measure_layer(c, tokens, weights_of(b), types, ggml, threads=available_threads(), tick=lambda: None, hidden=b.hidden).error
             for c in (known, replace(known, moments=None))
         ]
         ratios = errors[0][:, 0].sum(axis=0) / errors[1][:, 0].sum(axis=0)
@@ -196,7 +196,7 @@ def errors_on(directory: Path, calibration: Calibration, text: str, ggml: Ggml) 
         for n, layers in by_rows.items():
             measured = measure_layer(
                 known, tokens, weights_of(b), calibration.types, ggml,
-                threads=default_threads(), tick=lambda: None, hidden=b.hidden, most_rows=n,
+                threads=available_threads(), tick=lambda: None, hidden=b.hidden, most_rows=n,
             )  # fmt: skip
             layers.append(measured)
     print("\nerrors measured on some rows of each matrix\n")

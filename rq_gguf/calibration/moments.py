@@ -8,11 +8,12 @@ from numpy.typing import NDArray
 from rq_gguf.calibration.data import Calibration, LayerCalibration
 from rq_gguf.calibration.gated import hidden_sensitivity
 from rq_gguf.calibration.imatrix import expected_selections, imatrix_rows
-from rq_gguf.calibration.requantize import Matrix, Tick, Weights, default_threads, in_threads, requantize
+from rq_gguf.calibration.requantize import Matrix, Tick, Weights, in_threads, requantize
 from rq_gguf.calibration.wanda import wanda_importance
 from rq_gguf.errors import UserError
 from rq_gguf.format import GROUPS
 from rq_gguf.ggml import Ggml
+from rq_gguf.threads import available_threads
 from rq_gguf.types import by_stored_type
 
 
@@ -42,7 +43,7 @@ def measure_from_imatrix(
     if calibration.n_expert_used < 1:
         raise UserError(f"the imatrix of {calibration.model} does not say how many experts a token uses; make it again with llama-imatrix")
     layers = (
-        _measure_moments(layer, calibration.n_expert_used, weights, types, ggml, threads or default_threads(), tick)
+        _measure_moments(layer, calibration.n_expert_used, weights, types, ggml, threads or available_threads(), tick)
         for layer in calibration.layers
     )
     return replace(calibration, types=types, layers=tuple(layers))

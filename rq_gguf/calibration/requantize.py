@@ -1,6 +1,5 @@
 """What quantization makes of an expert's matrix, and threads to do it for many."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,11 +22,6 @@ def requantize(ggml: Ggml, type_name: str, w: Matrix, importance: Matrix, feedba
     return ggml.dequantize(
         kind, ggml.quantize(kind, w, importance) if feedback is None else feedback.quantize(ggml, kind, w, importance), w.shape[1]
     )
-
-
-def default_threads() -> int:
-    """As many as the process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_threads(work: Callable[[int], None], n: int, threads: int, tick: Tick) -> None:

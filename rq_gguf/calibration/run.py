@@ -25,7 +25,7 @@ from rq_gguf.calibration.measure import completed, mean_gate_weights, measure_la
 from rq_gguf.calibration.memory import BATCH, release, room
 from rq_gguf.calibration.observe import BlockSums, input_energy, observe_block, residual_energy
 from rq_gguf.calibration.paper_models import register
-from rq_gguf.calibration.requantize import Matrix, Tick, default_threads
+from rq_gguf.calibration.requantize import Matrix, Tick
 from rq_gguf.calibration.response import SEQUENCES, Variants, reference_type
 from rq_gguf.calibration.sample import Sample, merge, tokens_elsewhere, tokens_of
 from rq_gguf.calibration.sequences import SEQUENCE, cut
@@ -38,6 +38,7 @@ from rq_gguf.errors import UserError
 from rq_gguf.format import GROUPS
 from rq_gguf.ggml import Ggml
 from rq_gguf.progress import Bar
+from rq_gguf.threads import available_threads
 from rq_gguf.types import LADDER, check_type
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def calibrate(
     files = check_weights(directory)
     where = pick_device(device)
     sequences = cut(tokenize(directory, text), tokens, sequence_length(directory))
-    threads = threads or default_threads()
+    threads = threads or available_threads()
     sha256, name = hashlib.sha256(text.encode()).hexdigest(), directory.name if Path(model).is_dir() else str(model)
     if recorder is not None:
         recorder.begin(len(s) for s in sequences)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gguf.utility import naming_convention
 
+from rq_gguf import gguf_file as gg
 from rq_gguf.gguf_file import Header, read_headers
 from rq_gguf.size import model_size
 
@@ -26,8 +27,8 @@ def published_name(header: Header, bpw: float) -> str:
 
 def split_name(name: str, i: int, n: int) -> str:
     """Of file i, from 0, of a model in n files; also from the first one's name."""
-    stem = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", name)
-    return name if n == 1 else f"{stem}-{i + 1:05}-of-{n:05}.gguf"
+    part = gg.SPLIT_NAME.fullmatch(name)
+    return name if n == 1 else gg.split_name(part[1] if part else name.removesuffix(".gguf"), i, n)
 
 
 def name_for(path: Path) -> str:

@@ -94,9 +94,10 @@ def evaluate(
     items: how many of each task, evenly spaced; all where None. threads: llama.cpp's default where None.
     Raises UserError for files that are missing, no GGUFs or of different models, texts too short to be scored and malformed tasks.
     """
-    return evaluate_all([out], base, texts, tasks, chunks=chunks, file_chunks=file_chunks, items=items, threads=threads, progress=progress)[
-        0
-    ]
+    (found,) = evaluate_all(
+        [out], base, texts, tasks, chunks=chunks, file_chunks=file_chunks, items=items, threads=threads, progress=progress
+    )
+    return found
 
 
 def evaluate_all(

@@ -15,6 +15,7 @@ from rq_gguf.errors import UserError
 from rq_gguf.progress import Bar
 from rq_gguf.runtime.cache import Tree, read_json, say, write_json
 from rq_gguf.runtime.process import find_program, git_environment, run_logged
+from rq_gguf.threads import available_threads
 
 BASE_FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
@@ -157,7 +158,7 @@ def job_count() -> int:
     level = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "")
     if level.isdecimal() and int(level) > 0:
         return int(level)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return available_threads()
 
 
 def ccache_environment(tree: Tree, wanted: Build) -> dict[str, str]:

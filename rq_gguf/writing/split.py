@@ -29,10 +29,10 @@ def parse_split_size(text: str | None) -> int | None:
 
 
 def part_names(out: Path, n: int) -> tuple[Path, ...]:
-    """The files of a model in n: `out` itself, or out-00001-of-0000n.gguf and so on (llama.cpp's llama_split_path)."""
+    """The files of a model in n: `out` itself, or out-00001-of-0000n.gguf and so on."""
     if n == 1:
         return (out,)
-    return tuple(out.with_name(f"{out.name.removesuffix('.gguf')}-{i + 1:05}-of-{n:05}.gguf") for i in range(n))
+    return tuple(out.with_name(gg.split_name(out.name.removesuffix(".gguf"), i, n)) for i in range(n))
 
 
 def existing_parts(out: Path) -> list[Path]:

@@ -28,6 +28,7 @@ from rq_gguf.ggml import Ggml
 from rq_gguf.gguf_file import Value
 from rq_gguf.planning.plan import Plan
 from rq_gguf.progress import Bar
+from rq_gguf.threads import available_threads
 from rq_gguf.writing import layout
 from rq_gguf.writing.layout import Output
 from rq_gguf.writing.others import FILE_TYPES, Others, file_type_of, importance_rows, stored_types
@@ -117,11 +118,6 @@ def write_model(
                 paths[0].unlink(missing_ok=True)
     log.debug("%d tensors, %d bytes of experts, %d of all else, %d threads", len(outputs), expert_bytes, total - expert_bytes, threads)
     return WriteReport(paths, total, expert_bytes, total - expert_bytes, time.perf_counter() - start, threads)
-
-
-def available_threads() -> int:
-    """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_plan(source: Source, plan: Plan) -> None:
