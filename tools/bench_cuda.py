@@ -1,6 +1,6 @@
 """Speed of tiered files on CUDA against stock files: builds, checks and measures in one go on the machine that has the GPU.
 
-    python tools/bench_cuda.py SOURCE --work DIR [--out DIR] [--steps build,files,ops,sanitize,profile,bench] [--arch 90] [--rounds 5]
+    python tools/bench_cuda.py SOURCE --work DIR [--out DIR] [--steps build,files,ops,sanitize,profile,experts,bench] [--rounds 5]
 
 SOURCE: the pinned llama.cpp, a folder or a tarball (`models/`, `docs/` and `tools/ui/` are not needed). Needs CMake, nvcc, patch, and
 Python with numpy and gguf (`PYTHONPATH=DIR/tree/gguf-py` will do).
@@ -15,14 +15,17 @@ files     random weights of the shape of OLMoE-1B-7B (or of the experts of Qwen3
 ops       test-backend-ops for the two ops and what is fused with them, against the CPU
 sanitize  the same for some of the cases under compute-sanitizer, memcheck and racecheck
 profile   time of each kernel in a prompt of 512 tokens and in decode, by Nsight Compute, launched one by one: where the time goes
+experts   the same of the experts' kernels alone in decode of 2 to 8 sequences
 bench     rounds over all files in random order; llama-bench for tg128, pp512 and pp2048, llama-batched-bench for decode of 2 to 32
           sequences. A file's ratio is its speed over that of stock files whose times are weighted by the share of expert selections that
-          each type serves (counted by the patched llama.cpp). Medians over the rounds.
+          each type serves (counted by the patched llama.cpp). Medians over the rounds. With `--gpus N` that many rounds run at a time.
 Everything measured goes to OUT/bench_cuda.json, the tables to the terminal, OUT/bench_cuda.md and OUT/profile.md.
 """
 
 import argparse
+import concurrent.futures
 import csv
+import itertools
 import json
 import os
 import random
@@ -32,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -58,11 +62,14 @@ from rq_gguf.format import (
     tier_name,
 )
 
-STEPS = ("build", "files", "ops", "sanitize", "profile", "bench")
+STEPS = ("build", "files", "ops", "sanitize", "profile", "experts", "bench")
 PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-perplexity", "test-backend-ops")
 SEQUENCES = (2, 4, 8, 32)
 COPIES = (0, 4, 16)
 LADDER = ("Q8_0", "Q6_K", "Q4_K", "Q3_K")
+DECODED = 192
+"""Tokens that each sequence generates: fewer, and the start shows."""
+PROFILED = (2, 4, 8)
 OPS = "EXPERT_REMAP,EXPERT_REMAP_FUSION,MUL_MAT_TIERS,MUL_MAT_TIERS_FUSION"
 STOCK_OPS = "TOPK_MOE,MUL_MAT_ID,MUL_MAT_ID_FUSION"
 SANITIZED = 12
@@ -333,15 +340,33 @@ def sanitize(work: Path, out: Path) -> str:
 #
 
 
-def kernel_times(csv_text: str) -> dict[str, list[float]]:
-    """Microseconds of each launch by kernel, from what `ncu --csv` prints of gpu__time_duration.sum."""
+@dataclass(frozen=True)
+class Launch:
+    kernel: str
+    grid: tuple[int, ...]
+    us: float
+
+
+def launches(csv_text: str) -> list[Launch]:
+    """Launches in order, from what `ncu --csv` prints of gpu__time_duration.sum."""
     rows = list(csv.reader(line for line in csv_text.splitlines() if line.startswith('"')))
-    name, value, unit = (rows[0].index(column) for column in ("Kernel Name", "Metric Value", "Metric Unit"))
+    name, grid, value, unit = (rows[0].index(column) for column in ("Kernel Name", "Grid Size", "Metric Value", "Metric Unit"))
     factor = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3}
+    return [
+        Launch(
+            row[name].replace("void ", "").split("(")[0],
+            tuple(map(int, re.findall(r"\d+", row[grid]))),
+            float(row[value].replace(",", "")) * factor[row[unit]],
+        )
+        for row in rows[1:]
+    ]
+
+
+def kernel_times(csv_text: str) -> dict[str, list[float]]:
+    """Microseconds of each launch by kernel."""
     times: dict[str, list[float]] = {}
-    for row in rows[1:]:
-        kernel = row[name].replace("void ", "").split("(")[0]
-        times.setdefault(kernel, []).append(float(row[value].replace(",", "")) * factor[row[unit]])
+    for launch in launches(csv_text):
+        times.setdefault(launch.kernel, []).append(launch.us)
     return times
 
 
@@ -366,6 +391,37 @@ def profile(work: Path, out: Path, wanted: Sequence[Variant]) -> str:
     return "\n".join(lines)
 
 
+def experts_times(csv_text: str, shape: Shape, evaluations: int) -> list[tuple[float, float]]:
+    """Microseconds of a layer's (gate, up and GLU; down) in each of the last sets of that many evaluations, one set for each of PROFILED.
+
+    Counted are launches that have a row of blocks for each expert used.
+    """
+    experts = [launch for launch in launches(csv_text) if launch.grid[1] == shape.n_used]
+    down_blocks = (max if shape.n_embd > shape.n_ff else min)(launch.grid[0] for launch in experts)
+    ends = [i + 1 for i, launch in enumerate(experts) if launch.grid[0] == down_blocks]
+    n = evaluations * shape.n_layer
+    bounds = [0, *ends][-len(PROFILED) * n - 1 :: n]
+    times = []
+    for first, last in itertools.pairwise(bounds):
+        down = sum(launch.us for launch in experts[first:last] if launch.grid[0] == down_blocks)
+        times.append(((sum(launch.us for launch in experts[first:last]) - down) / n, down / n))
+    return times
+
+
+def profile_experts(shape: Shape, work: Path, out: Path, wanted: Sequence[Variant]) -> str:
+    """A table: microseconds of a layer's expert multiplications by number of sequences."""
+    program, generated = work / "bin-patched/llama-batched-bench", 4
+    ncu = ["ncu", "--clock-control", "none", "--cache-control", "none", "-k", "regex:mul_mat_vec_(tiers|q_moe)"]
+    rows = [["us", *(f"{n} seq, {part}" for n in PROFILED for part in ("gate+up", "down"))], ["---", *["---:"] * (2 * len(PROFILED))]]
+    for v in wanted:
+        command: list[str | Path] = [*ncu, "--metrics", "gpu__time_duration.sum", "--csv", program, "-m", file_of(v, work), "-ngl", "99"]
+        options = ["-c", "256", "-npp", "1", "-ntg", str(generated), "-npl", ",".join(map(str, PROFILED))]
+        printed = run([*command, *options], out / "profile.log", env={"GGML_CUDA_DISABLE_GRAPHS": "1"})
+        times = experts_times(printed, shape, generated + 1)
+        rows.append([key(v), *(f"{us:.2f}" for pair in times for us in pair)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 #
 # speed
 #
@@ -386,14 +442,14 @@ def shares(v: Variant, work: Path, out: Path) -> dict[str, float]:
     return {t: n / sum(served.values()) for t, n in served.items()}
 
 
-def bench_once(v: Variant, build_name: str, work: Path, out: Path, repetitions: int) -> dict[str, float]:
+def bench_once(v: Variant, build_name: str, work: Path, out: Path, repetitions: int, gpu: int) -> dict[str, float]:
     """Tokens per second by test."""
-    programs, log = work / f"bin-{build_name}", out / "bench.log"
+    programs, log, env = work / f"bin-{build_name}", out / f"bench-{gpu}.log", {"CUDA_VISIBLE_DEVICES": str(gpu)}
     common: list[str | Path] = ["-m", file_of(v, work), "-ngl", "99"]
-    printed = run([programs / "llama-bench", *common, "-p", "512,2048", "-n", "128", "-r", str(repetitions), "-o", "json"], log)
+    printed = run([programs / "llama-bench", *common, "-p", "512,2048", "-n", "128", "-r", str(repetitions), "-o", "json"], log, env=env)
     speeds = bench_speeds(printed)
-    options = ["-c", "4096", "-npp", "16", "-ntg", "48,1", "-npl", ",".join(map(str, SEQUENCES)), "--output-format", "jsonl"]
-    printed = run([programs / "llama-batched-bench", *common, *options], log)
+    options = ["-c", str(max(SEQUENCES) * (16 + DECODED)), "-npp", "16", "-ntg", f"{DECODED},1", "-npl", ",".join(map(str, SEQUENCES))]
+    printed = run([programs / "llama-batched-bench", *common, *options, "--output-format", "jsonl"], log, env=env)
     return speeds | {f"{n} seq": speed for n, speed in batched_speeds(printed).items()}
 
 
@@ -425,23 +481,32 @@ def table(wanted: Sequence[Variant], results: Mapping[str, Measured]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def bench(shape: Shape, work: Path, out: Path, wanted: Sequence[Variant], rounds: int, repetitions: int, seconds: float) -> str:
+def bench(shape: Shape, work: Path, out: Path, wanted: Sequence[Variant], rounds: int, repetitions: int, seconds: float, gpus: int) -> str:
     jobs = [(v, v.build, key(v)) for v in wanted] + [(v, "patched", f"{v.name}, patched build") for v in wanted if not v.tiered]
     results = {name: Measured() for _, _, name in jobs}
     for v in wanted:
         if v.tiered:
             results[key(v)].shares = shares(v, work, out) if len(v.types) > 1 and not v.rival else {v.types[0]: 1.0}
+    record: dict[str, Any] = {"shape": asdict(shape), "results": {}}
+    lock = threading.Lock()
     start = time.monotonic()
-    for done in range(rounds):
-        if done and (time.monotonic() - start) * (done + 1) / done > seconds:
-            print(f"{done} rounds", file=sys.stderr)
-            break
-        random.shuffle(jobs)
-        for v, build_name, name in jobs:
-            for test, speed in bench_once(v, build_name, work, out, repetitions).items():
-                results[name].samples.setdefault(test, []).append(speed)
-        record: dict[str, Any] = {"shape": asdict(shape), "results": {name: asdict(r) for name, r in results.items()}}
-        (out / "bench_cuda.json").write_text(json.dumps(record, indent=1))
+
+    def rounds_on(gpu: int) -> None:
+        for done in range(rounds):
+            if done and (time.monotonic() - start) * (done + 1) / done > seconds:
+                print(f"GPU {gpu}: {done} rounds", file=sys.stderr)
+                break
+            for v, build_name, name in random.sample(jobs, len(jobs)):
+                speeds = bench_once(v, build_name, work, out, repetitions, gpu)
+                with lock:
+                    for test, speed in speeds.items():
+                        results[name].samples.setdefault(test, []).append(speed)
+            with lock:
+                record["results"] = {name: asdict(r) for name, r in results.items()}
+                (out / "bench_cuda.json").write_text(json.dumps(record, indent=1))
+
+    with concurrent.futures.ThreadPoolExecutor(gpus) as pool:
+        list(pool.map(rounds_on, range(gpus)))
     return table(wanted, results)
 
 
@@ -459,8 +524,9 @@ def main() -> None:
     p.add_argument("--layers", type=int)
     p.add_argument("--plan", action="append", default=[], metavar="PLAN.json=TYPE", help="also a file with a plan's types; may be repeated")
     p.add_argument("--only", help="starts of the names of tiered files to measure, separated by |, with the stock files that they need")
-    p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--repetitions", type=int, default=3)
+    p.add_argument("--rounds", type=int, default=5, help="on each GPU")
+    p.add_argument("--repetitions", type=int, default=15, help="of llama-bench in a round; their median counts")
+    p.add_argument("--gpus", type=int, default=1)
     p.add_argument("--seconds", type=float, default=float("inf"), help="fewer rounds, so that they take no longer")
     args = p.parse_args()
 
@@ -491,8 +557,12 @@ def main() -> None:
         text = profile(args.work, out, wanted)
         (out / "profile.md").write_text(text + "\n")
         print(text, flush=True)
+    if "experts" in steps:
+        text = profile_experts(shape, args.work, out, wanted)
+        (out / "experts.md").write_text(text + "\n")
+        print(text, flush=True)
     if "bench" in steps:
-        text = bench(shape, args.work, out, wanted, args.rounds, args.repetitions, args.seconds)
+        text = bench(shape, args.work, out, wanted, args.rounds, args.repetitions, args.seconds, args.gpus)
         (out / "bench_cuda.md").write_text(text + "\n")
         print(text)
 
