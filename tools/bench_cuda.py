@@ -192,7 +192,8 @@ def compile_tree(tree: Path, bin_dir: Path, arch: str, jobs: int, log: Path) -> 
     if not (folder / "CMakeCache.txt").exists():
         off = [f"-D{o}=OFF" for o in ("GGML_CUDA_FA", "BUILD_SHARED_LIBS", "LLAMA_OPENSSL", "LLAMA_BUILD_SERVER", "LLAMA_BUILD_EXAMPLES")]
         on = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={arch}"]
-        run(["cmake", "-S", tree, "-B", folder, *on, *off], log)
+        ninja = ["-G", "Ninja"] if shutil.which("ninja") else []  # compiles across targets, where make waits for one after another
+        run(["cmake", *ninja, "-S", tree, "-B", folder, *on, *off], log)
     run(["cmake", "--build", folder, "-j", str(jobs), "--target", *PROGRAMS], log)
     bin_dir.mkdir(parents=True, exist_ok=True)
     for program in PROGRAMS:
