@@ -1,37 +1,43 @@
-"""Time and peak resident memory of every step on a model larger than memory should have to be, beside llama-imatrix and llama-quantize.
+"""Time and peak memory of every step on a model larger than memory should have to be, beside llama-imatrix and llama-quantize.
 
-    python tools/bench_scale.py DIR [--layers 4 8 16] [--tokens 4096] [--types LIST] [--steps model,calibrate,...]
+    python tools/bench_scale.py DIR [--layers 4 8 16] [--tokens 4096] [--device cpu] [--types LIST] [--steps model,calibrate,...]
 
 DIR: gets a checkpoint of OLMoE-1B-7B's shape (64 experts, 8 per token, 2048 wide, 1024 inside; of Mixtral's family, whose tokenizer
 llama.cpp can convert) with random weights, one file a layer, and for each smaller number of layers a folder of links to it. Steps:
 
 model      the checkpoint: 0.85 GB a layer
-calibrate  `rq-gguf calibrate`
+calibrate  `rq-gguf calibrate` on the given device
 convert    the checkpoint as a GGUF in BF16, of the same size
 imatrix    llama-imatrix on that, as many tokens
 plan       `rq-gguf plan` at Q4_K's bytes, without copies
-write      `rq-gguf build` with that calibration and plan, and with the plan's error feedback turned off; llama-quantize to Q4_K with the
-           same imatrix. Of the files written only one at a time is kept
+write      `rq-gguf build` with that calibration and plan, with the plan's error feedback turned off, and with all experts in Q4_K without
+           feedback, which is what llama-quantize then does with the same imatrix. Of the files written only one at a time is kept
 
 Peak memory is the system's count for the process and its children (ru_maxrss); it includes pages of mapped files, and llama.cpp's programs
-map the whole model. Processor seconds tell more than seconds where the machine does other work. Everything goes to DIR/bench_scale.json;
-the table is printed. What is in the file is not run again.
+map the whole model. A GPU's is the most that nvidia-smi saw in use, looked at four times a second, over what was in use before. Processor
+seconds tell more than seconds where the machine does other work. Everything goes to DIR/bench_scale.json; the table is printed. What is in
+the file is not run again; `--steps ""` only prints.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rq_gguf.runtime.tools import tool_path
+from rq_gguf.threads import available_threads
 from rq_gguf.types import LADDER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,14 +50,16 @@ CONFIG = {
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+_CHARACTERS = 8
+"""Of the text for each token that is to be passed: more than enough with the demo model's tokenizer."""
 
 
-def make_layer(i: int) -> dict[str, torch.Tensor]:
+def make_layer(i: int, device: str) -> dict[str, torch.Tensor]:
     """Random weights of decoder layer i. The routers are wide enough to prefer some experts."""
-    random = torch.Generator().manual_seed(i)
+    random = torch.Generator(device).manual_seed(i)
 
     def matrix(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=random) * gain / columns**0.5).bfloat16()
+        return (torch.randn(rows, columns, generator=random, device=device) * gain / columns**0.5).bfloat16().cpu()
 
     p = f"model.layers.{i}."
     tensors = {f"{p}self_attn.{x}_proj.weight": matrix(N_EMBD, N_EMBD) for x in "qkvo"}
@@ -63,8 +71,8 @@ def make_layer(i: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def make_model(folder: Path, layers: int) -> Path:
-    """The checkpoint with so many layers; what is there is not made again."""
+def make_model(folder: Path, layers: int, device: str) -> Path:
+    """The checkpoint with so many layers; what is there is not made again. device: what draws the random numbers."""
     out = folder / f"layers-{layers}"
     if (out / "config.json").exists():
         return out
@@ -79,12 +87,13 @@ def make_model(folder: Path, layers: int) -> Path:
     index: dict[str, str] = {}
     for i in range(-1, layers):
         path = weights / ("ends.safetensors" if i < 0 else f"layer-{i:02}.safetensors")
-        tensors = {name: make() for name, make in ends.items()} if i < 0 else make_layer(i)
         if not path.exists():
             print(f"making {path.name}", file=sys.stderr)
+            tensors = {name: make() for name, make in ends.items()} if i < 0 else make_layer(i, device)
             save_file(tensors, path.with_suffix(".partial"), {"format": "pt"})
             path.with_suffix(".partial").rename(path)
-        index |= dict.fromkeys(tensors, path.name)
+        with safe_open(path, "pt") as f:
+            index |= dict.fromkeys(f.keys(), path.name)
         (out / path.name).symlink_to(os.path.relpath(path, out))
     (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     for name in TOKENIZER:
@@ -93,15 +102,59 @@ def make_model(folder: Path, layers: int) -> Path:
     return out
 
 
-def measured(command: Sequence[str | Path]) -> tuple[float, float, float]:
-    """(seconds, processor seconds, peak GB) of a command. Its output goes to stderr; what fails ends the program."""
+def write_text(path: Path, given: Path | None, tokens: int) -> None:
+    """A text of at least so many tokens: the given one, or the project's, as often as it takes."""
+    texts = [given] if given else sorted((ROOT / "rq_gguf" / "data" / "calibration").glob("*.txt"))
+    text = "\n".join(t.read_text(encoding="utf-8") for t in texts)
+    path.write_text(text * (1 if given else 1 + tokens * _CHARACTERS // len(text)), encoding="utf-8")
+
+
+class GpuMemory:
+    """The most memory in use on the GPUs, while inside, over what was before; None without nvidia-smi."""
+
+    def __init__(self) -> None:
+        self.peak_gb: float | None = None
+        self._done = threading.Event()
+        self._watch = threading.Thread(target=self._run, args=(self._used(),), daemon=True)
+
+    @staticmethod
+    def _used() -> float | None:
+        if shutil.which("nvidia-smi") is None:
+            return None
+        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        printed = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        with contextlib.suppress(ValueError):
+            return sum(float(line) for line in printed.split()) * 2**20 / 1e9
+        return None
+
+    def _run(self, before: float | None) -> None:
+        while before is not None and not self._done.wait(0.25):
+            self.peak_gb = max(self.peak_gb or 0.0, (self._used() or before) - before)
+
+    def __enter__(self) -> "GpuMemory":
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._watch.join()
+
+
+def measured(command: Sequence[str | Path]) -> dict[str, float]:
+    """Seconds, processor seconds and peak GB of a command. Its output goes to stderr; what fails ends the program."""
     start = time.perf_counter()
-    process = subprocess.Popen([str(c) for c in command], cwd=ROOT, stdout=sys.stderr, stdin=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    with GpuMemory() as gpu:
+        process = subprocess.Popen([str(c) for c in command], cwd=ROOT, stdout=sys.stderr, stdin=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"failed with status {os.waitstatus_to_exitcode(status)}: {' '.join(map(str, command))}")
     scale = 1 if sys.platform == "darwin" else 1024
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * scale / 1e9
+    figures = {
+        "seconds": round(time.perf_counter() - start, 1),
+        "processor_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_gb": round(usage.ru_maxrss * scale / 1e9, 2),
+    }
+    return figures | ({} if gpu.peak_gb is None else {"gpu_gb": round(gpu.peak_gb, 2)})
 
 
 class Bench:
@@ -117,44 +170,46 @@ class Bench:
         if key in self.figures:
             return
         print(f"--- {key}", file=sys.stderr)
-        seconds, processor, peak = measured(command)
-        figures = {"seconds": round(seconds, 1), "processor_seconds": round(processor, 1), "peak_gb": round(peak, 2)}
-        self.figures[key] = {"layers": layers, "step": name, **figures}
+        self.figures[key] = {"layers": layers, "step": name, "threads": available_threads(), **measured(command)}
         self.file.write_text(json.dumps(self.figures, indent=2) + "\n")
 
     def steps(self, layers: int) -> None:
         args, folder = self.args, self.args.folder
         steps = args.steps.split(",")
         base, calibration = folder / f"layers-{layers}.gguf", folder / f"calibration-{layers}.gguf"
-        plan, plain = folder / f"plan-{layers}.json", folder / f"plan-{layers}-plain.json"
+        plan, plain, same = (folder / f"plan-{layers}{name}.json" for name in ("", "-plain", "-q4_k"))
         imatrix, out, text = folder / f"imatrix-{layers}.gguf", folder / "out.gguf", folder / "text.txt"
         limit = ["--max-memory", args.max_memory] if args.max_memory else []
         ours = [sys.executable, "-m", "rq_gguf"]
         if "model" in steps:
-            make_model(folder, layers)
+            make_model(folder, layers, args.device)
         model = folder / f"layers-{layers}"
+        write_text(text, args.text, args.tokens)
         if "calibrate" in steps:
-            options = ["--text", args.text, "--tokens", str(args.tokens), "--device", args.device, "--types", args.types, *limit]
-            self.run(layers, f"calibrate, {args.tokens} tokens", [*ours, "calibrate", model, "-o", calibration, *options])
+            options = ["--text", text, "--tokens", str(args.tokens), "--device", args.device, "--types", args.types, *limit]
+            name = f"calibrate, {args.tokens} tokens" + ("" if args.device == "cpu" else f", {args.device}")
+            self.run(layers, name, [*ours, "calibrate", model, "-o", calibration, *options])
         if "convert" in steps:
             code = (
                 "import sys; from pathlib import Path; from rq_gguf.writing.convert import convert_base as c; c(*map(Path, sys.argv[1:]))"
             )
             self.run(layers, "convert", [sys.executable, "-c", code, model, base])
         if "imatrix" in steps:
-            text.write_text(args.text.read_text(encoding="utf-8")[: args.tokens * 5], encoding="utf-8")
             options = ["-c", "512", "--chunks", str(max(1, args.tokens // 512)), "-t", str(args.threads)]
             command = [tool_path("llama-imatrix"), "-m", base, "-f", text, "-o", imatrix, *options]
             self.run(layers, f"llama-imatrix, {args.tokens} tokens", command)
         if "plan" in steps:
-            self.run(layers, "plan", [*ours, "plan", calibration, "-o", plan, "--budget", "q4_k", "--replicas", "0"])
-            plain.write_text(plan.read_text().replace('"feedback": true', '"feedback": false'))
+            options = ["--budget", "q4_k", "--replicas", "0"]
+            self.run(layers, "plan", [*ours, "plan", calibration, "-o", plan, *options])
+            subprocess.run([*ours, "plan", calibration, "-o", same, *options, "--types", "q4_k"], cwd=ROOT, check=True, stdout=sys.stderr)
+            for path, source in ((plain, plan), (same, same)):
+                path.write_text(source.read_text().replace('"feedback": true', '"feedback": false'))
         if "write" in steps:
-            for name, given in (("write", plan), ("write, no error feedback", plain)):
+            for name, given in (("write", plan), ("write, no error feedback", plain), ("write, Q4_K alone, no error feedback", same)):
                 self.run(layers, name, [*ours, "build", base, out, "--calibration", calibration, "--plan", given, "--force", *limit])
             out.unlink(missing_ok=True)
             options = ["--imatrix", calibration, "--tensor-type", "exps=q4_k"]
-            self.run(layers, "llama-quantize", [tool_path("llama-quantize"), *options, base, out, "Q8_0", str(args.threads)])
+            self.run(layers, "llama-quantize, Q4_K", [tool_path("llama-quantize"), *options, base, out, "Q8_0", str(args.threads)])
             out.unlink(missing_ok=True)
 
 
@@ -163,9 +218,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--text", type=Path, default=ROOT / "rq_gguf" / "data" / "calibration" / "books.txt")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--text", type=Path, help="the project's calibration texts where not given")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for model and calibrate")
+    parser.add_argument("--threads", type=int, default=available_threads(), help="of llama.cpp's programs")
     parser.add_argument("--max-memory")
     parser.add_argument("--types", default=",".join(LADDER))
     parser.add_argument("--steps", default="model,calibrate,convert,imatrix,plan,write")
@@ -174,9 +229,17 @@ def main() -> None:
     bench = Bench(args)
     for layers in args.layers:
         bench.steps(layers)
-    print("| layers | step | seconds | processor seconds | peak GB |\n|---:|:---|---:|---:|---:|")
-    for f in bench.figures.values():
-        print(f"| {f['layers']} | {f['step']} | {f['seconds']} | {f['processor_seconds']} | {f['peak_gb']} |")
+    print(table(list(bench.figures.values())))
+
+
+def table(figures: list[dict[str, Any]]) -> str:
+    """Markdown, in the order of the runs."""
+    columns = {"layers": "layers", "step": "step", "seconds": "seconds", "processor_seconds": "processor seconds", "peak_gb": "peak GB"}
+    if any("gpu_gb" in f for f in figures):
+        columns["gpu_gb"] = "peak GB on the GPU"
+    rows = [[str(f.get(key, "")) for key in columns] for f in figures]
+    marks = [":---" if key == "step" else "---:" for key in columns]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [list(columns.values()), marks, *rows])
 
 
 if __name__ == "__main__":
