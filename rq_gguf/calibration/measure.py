@@ -43,29 +43,50 @@ def expert_error(
     feedback: for gate and up, where they are to be quantized with it. hidden: what the expert computes before `down`.
     most_rows: of each matrix, see ROWS.
     """
-    before = {m: torch.from_numpy(w) for m, w in weights.items()}
-    inner = hidden(x, before["gate"], before["up"])
-    units, outputs = _some(len(before["gate"]), most_rows), _some(len(before["down"]), most_rows)
-    rows = {"gate": units, "up": units, "down": outputs}
-    some = {m: np.ascontiguousarray(w[rows[m]]) for m, w in weights.items()}
-    inner_some, down_some = inner[:, units], before["down"][:, units]
+    changes = Changes(x, gate_weight, {m: torch.from_numpy(w) for m, w in weights.items()}, hidden, most_rows)
+    some = {m: np.ascontiguousarray(changes.rows(m).numpy()) for m in weights}
 
     def after(m: str, kind: str) -> Tensor:
         return torch.from_numpy(requantize(ggml, kind, some[m], importance[m], feedback if m != "down" else None))
 
-    def mean_square(change: Tensor, m: str) -> float:
-        """Of all rows, from some."""
-        share = len(rows[m]) / len(weights[m])
-        return (change * gate_weight[:, None]).square().sum(dtype=torch.float64).item() / len(x) / share
-
     error = np.zeros((len(GROUPS), len(types)))
-    for kind, same in by_stored_type(types, before["gate"].shape[1]).items():
-        reached = hidden(rounded(x, kind), after("gate", kind), after("up", kind), units)
-        error[0, same] = mean_square((reached - inner_some) @ down_some.T, "gate")
-    exact = inner @ before["down"][outputs].T
-    for kind, same in by_stored_type(types, before["down"].shape[1]).items():
-        error[1, same] = mean_square(rounded(inner, kind) @ after("down", kind).T - exact, "down")
+    for kind, same in by_stored_type(types, some["gate"].shape[1]).items():
+        error[0, same] = changes.of_gate_up(kind, after("gate", kind), after("up", kind)).item()
+    for kind, same in by_stored_type(types, some["down"].shape[1]).items():
+        error[1, same] = changes.of_down(kind, after("down", kind)).item()
     return error
+
+
+class Changes:
+    """One expert and tokens: what becomes of its output when rows of its matrices come back changed. All on one device, in float32."""
+
+    def __init__(self, x: Tensor, gate_weight: Tensor, weights: dict[str, Tensor], hidden: Hidden, most_rows: int) -> None:
+        """Arguments as those of expert_error."""
+        self._x, self._gate_weight, self._hidden = x, gate_weight, hidden
+        self._inner = hidden(x, weights["gate"], weights["up"])
+        self._units, outputs = _some(len(weights["gate"]), most_rows), _some(len(weights["down"]), most_rows)
+        of_unit, of_output = (torch.from_numpy(rows).to(x.device) for rows in (self._units, outputs))
+        self._inner_some, self._down_some = self._inner[:, of_unit], weights["down"][:, of_unit]
+        self._rows = {"gate": weights["gate"][of_unit], "up": weights["up"][of_unit], "down": weights["down"][of_output]}
+        self._share = {m: len(rows) / len(weights[m]) for m, rows in self._rows.items()}
+        self._exact = self._inner @ self._rows["down"].T
+
+    def rows(self, matrix: str) -> Tensor:
+        """[rows, columns] of gate, up or down that stand for all."""
+        return self._rows[matrix]
+
+    def of_gate_up(self, kind: str, gate: Tensor, up: Tensor) -> Tensor:
+        """float64 [] mean over tokens of |gate weight x change of the output|^2 for these rows as a type gives them back."""
+        reached = self._hidden(rounded(self._x, kind), gate, up, self._units)
+        return self._mean_square((reached - self._inner_some) @ self._down_some.T, "gate")
+
+    def of_down(self, kind: str, down: Tensor) -> Tensor:
+        """The same for rows of down."""
+        return self._mean_square(rounded(self._inner, kind) @ down.T - self._exact, "down")
+
+    def _mean_square(self, change: Tensor, matrix: str) -> Tensor:
+        """Of all rows, from some."""
+        return (change * self._gate_weight[:, None]).square().sum(dtype=torch.float64) / len(self._x) / self._share[matrix]
 
 
 def _some(n: int, most: int) -> NDArray[np.int64]:
@@ -113,16 +134,18 @@ def measure_layer(
     tick: Tick,
     hidden: Callable[[int], Hidden] = lambda e: expert_hidden,
     most_rows: int = ROWS,
+    feedback: Feedback | None = None,
 ) -> LayerCalibration:
     """The layer with `error` and `wanda` filled in.
 
     tokens: expert -> (expert inputs [n, n_embd], weights of its outputs [n]) to measure it on. tick: called per expert.
+    feedback: of layer_feedback, where it was made already.
     hidden: expert -> what it computes before `down`, on the CPU in float32. most_rows: of each matrix, see ROWS.
     The mean error per token is scaled to the tokens expected to pick the expert and divided by the layer's residual energy.
     """
     n_expert = layer.n_expert
     importance = {m: matrix_rows(layer, m) for m in ("gate", "up", "down")}
-    feedback = layer_feedback(layer)
+    feedback = feedback or layer_feedback(layer)
     error = np.zeros((n_expert, len(GROUPS), len(types)))
     wanda = np.zeros(n_expert)
 

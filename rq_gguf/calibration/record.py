@@ -55,7 +55,7 @@ def record(
         blocks,
         length=len(sequences[0]),
         sampled=0,
-        on_host=loaded.device.type == "cpu",
+        device=loaded.device,
         limit=max_memory,
     )
     n_tokens, some = sum(len(s) for s in sequences), blocks[0]
@@ -63,7 +63,7 @@ def record(
     recorder.begin(len(s) for s in sequences)
     last = max(b.layer for b in blocks)
     bar = Bar(total=(last + 1) * n_tokens, desc="recording", unit="tok", unit_scale=True, disable=not progress)
-    with torch.inference_mode(), full_disk_told(), Spool(work, fits.spool) as spool, bar:
+    with torch.inference_mode(), full_disk_told(), Spool(work, fits.spool, fits.on_device) as spool, bar:
         for i in range(last + 1):
             with loaded.layer(i):
                 block = next((b for b in moe_blocks(loaded.layers, loaded.config) if b.layer == i), None)

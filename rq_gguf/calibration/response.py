@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from rq_gguf.calibration.data import LayerCalibration, Response
 from rq_gguf.calibration.families import MoeBlock
-from rq_gguf.calibration.feedback import layer_feedback
+from rq_gguf.calibration.feedback import Feedback, layer_feedback
 from rq_gguf.calibration.imatrix import matrix_rows
+from rq_gguf.calibration.on_device import MATRICES, at_once, on_device, requantized
 from rq_gguf.calibration.requantize import Tick, in_threads, requantize
 from rq_gguf.calibration.spool import Spool
 from rq_gguf.calibration.stream import Streamed
@@ -92,10 +94,19 @@ class Variants:
         self._passed = sum(s.shape[0] * (s.shape[1] - 1) for s in sequences)
         self._variants: dict[tuple[int, int], _Variant] = {}
 
-    def pass_layer(self, model: Streamed, i: int, block: MoeBlock | None, layer: LayerCalibration | None, tick: Tick) -> None:
+    def pass_layer(
+        self,
+        model: Streamed,
+        i: int,
+        block: MoeBlock | None,
+        layer: LayerCalibration | None,
+        tick: Tick,
+        feedback: Feedback | None = None,
+    ) -> None:
         """Layer i, which is loaded. block, layer: its experts and what was observed of them, None where it has none.
 
-        The weights of gate and up stay changed. tick: called for each model that passed.
+        The weights of gate and up stay changed. tick: called for each model that passed. feedback: of layer_feedback, where it was made
+        already.
         """
         with torch.inference_mode():
             here, behind = ("unchanged", i), ("unchanged", i + 1)
@@ -109,7 +120,7 @@ class Variants:
             if block is not None and layer is not None:
                 # down first: gate and up need not be restored, nobody uses the layer again.
                 for g in (1, 0):
-                    kept = change(block, layer, GROUPS[g], self._kind, self._ggml, self._threads)
+                    kept = change(block, layer, GROUPS[g], self._kind, self._ggml, self._threads, feedback)
                     after = self._pass(model, i, block, here, (i, g))
                     energy = _energy(after.output, before.output) / self._passed
                     self._variants[i, g] = _Variant(energy * self._n_tokens / layer.residual_energy)
@@ -186,24 +197,48 @@ def _watched(block: MoeBlock | None, seen: _Seen) -> Iterator[None]:
             handle.remove()
 
 
-def change(block: MoeBlock, layer: LayerCalibration, group: str, kind: str, ggml: Ggml, threads: int) -> list[tuple[Tensor, Tensor]]:
+def change(
+    block: MoeBlock, layer: LayerCalibration, group: str, kind: str, ggml: Ggml, threads: int, feedback: Feedback | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """Give all experts of a block the matrices of a group as they come back from a type. (weight, what it was before) each; nothing for
-    gate and up."""
+    gate and up. feedback: of layer_feedback, where it was made already."""
     names = ("down",) if group == "down" else ("gate", "up")
-    importance, feedback = {m: matrix_rows(layer, m) for m in names}, None if group == "down" else layer_feedback(layer)
-    index = {"gate": 0, "up": 1, "down": 2}
+    importance = {m: matrix_rows(layer, m) for m in names}
+    feedback = None if group == "down" else feedback or layer_feedback(layer)
+    if on_device(block.router.device):
+        return _change_there(block, importance, kind, ggml, threads, feedback)
     kept: list[tuple[Tensor, Tensor]] = []
 
     def one(e: int) -> None:
         with torch.inference_mode():
             for m in names:
-                weight = block.expert(e)[index[m]]
+                weight = block.expert(e)[MATRICES.index(m)]
                 if group == "down":
                     kept.append((weight, _smallest(weight.cpu())))
                 back = requantize(ggml, kind, weight.float().cpu().numpy(), importance[m][e], feedback)
                 weight.copy_(torch.from_numpy(back))
 
-    in_threads(one, block.n_expert, threads, lambda: None)
+    with threadpool_limits(1):  # numpy's products run in threads already
+        in_threads(one, block.n_expert, threads, lambda: None)
+    return kept
+
+
+def _change_there(
+    block: MoeBlock, importance: dict[str, NDArray[np.float32]], kind: str, ggml: Ggml, threads: int, feedback: Feedback | None
+) -> list[tuple[Tensor, Tensor]]:
+    """`change` on the device of the weights. importance: of the matrices that change."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    for m, rows in importance.items():
+        weights = [block.expert(e)[MATRICES.index(m)] for e in range(block.n_expert)]
+        if m == "down":
+            kept += [(w, w.clone()) for w in weights]
+        step = at_once(weights[0].shape)
+        for start in range(0, len(weights), step):
+            here = slice(start, start + step)
+            some = torch.stack(weights[here])
+            back = requantized(ggml, kind, some, torch.from_numpy(rows[here]).to(some.device), feedback, threads=threads)
+            for weight, changed in zip(weights[here], back, strict=True):
+                weight.copy_(changed)
     return kept
 
 

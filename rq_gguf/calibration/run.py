@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from rq_gguf.atomic import full_disk_told
@@ -20,10 +22,12 @@ from rq_gguf.calibration.checkpoint import check_weights, read_config, resolve_m
 from rq_gguf.calibration.data import Calibration, LayerCalibration
 from rq_gguf.calibration.dequantize import check_quantization
 from rq_gguf.calibration.families import FAMILIES, SWITCH, Family, MoeBlock, family_of, moe_blocks
+from rq_gguf.calibration.feedback import Feedback, layer_feedback
 from rq_gguf.calibration.fingerprint import router_fingerprint
 from rq_gguf.calibration.measure import completed, mean_gate_weights, measure_layer
 from rq_gguf.calibration.memory import BATCH, release, room
 from rq_gguf.calibration.observe import BlockSums, input_energy, observe_block, residual_energy
+from rq_gguf.calibration.on_device import measure_layer_there, on_device
 from rq_gguf.calibration.paper_models import register
 from rq_gguf.calibration.requantize import Matrix, Tick
 from rq_gguf.calibration.response import SEQUENCES, Variants, reference_type
@@ -107,19 +111,19 @@ def calibrate(
         blocks.values(),
         length=len(sequences[0]),
         sampled=min(sum(len(s) for s in sequences), samples * max(b.n_expert for b in blocks.values())),
-        on_host=where.type == "cpu",
+        device=where,
         limit=max_memory,
     )
     log.debug("calibrating on %s with %d threads: %d sequences, %d of them at a time", where, threads, len(sequences), fits.batch)
     text_ids, response_ids = list(batches(sequences, fits.batch)), list(batches(list(evenly(sequences, SEQUENCES)), fits.batch))
-    observer = Observer(blocks[min(blocks)].family, sum(len(s) for s in sequences), samples, recorder)
+    observer = Observer(blocks[min(blocks)].family, sum(len(s) for s in sequences), samples, recorder, fetch=not on_device(where))
     layers: list[LayerCalibration] = []
     routers: list[NDArray[np.float32]] = []
     n_passed = sum(ids.numel() for ids in response_ids)
     shelf = Shelf(work)
     with (
         full_disk_told(),
-        Spool(work, fits.spool) as spool,
+        Spool(work, fits.spool, fits.on_device) as spool,
         _Progress(loaded, blocks, observer.n_tokens, n_passed, progress) as bar,
     ):
         variants = Variants(response_ids, reference_type(types), spool, ggml, n_tokens=observer.n_tokens, threads=threads)
@@ -133,19 +137,22 @@ def calibrate(
                     observer.begin(n == 0, ids.numel())
                     spool.put(("text", n), loaded.through(i, ids, spool.get(("text", n)) if i else None))
                     bar.tokens(ids.numel())
-            layer = None
+            layer = feedback = None
             if block is not None:
                 bar.at(i, "types")
-                layer = _measured(observer, block, types, ggml, samples, threads, bar.expert)
+                seen, sample = observer.take(block)
+                feedback = layer_feedback(seen)
+                layer = _measured(seen, sample, block, types, ggml, samples, threads, bar.expert, feedback)
                 assert layer.moments is not None
                 layers.append(replace(layer, moments=shelf.keep(layer.moments())))
                 routers.append(block.router.float().cpu().numpy().copy())
                 release()
             bar.at(i, "changes")
-            variants.pass_layer(loaded, i, block, layer, bar.changed)
+            variants.pass_layer(loaded, i, block, layer, bar.changed, feedback)
 
         with _torch_threads(threads):
             for i in range(len(loaded)):
+                bar.at(i, "loading")
                 with loaded.layer(i):
                     pass_layer(i)
             loaded.load_head()
@@ -218,14 +225,26 @@ def batches(sequences: list[NDArray[np.int64]], size: int = BATCH) -> Iterator[T
 
 
 def _measured(
-    observer: "Observer", block: MoeBlock, types: tuple[str, ...], ggml: Ggml, samples: int, threads: int, tick: Tick
+    layer: LayerCalibration,
+    sample: Sample,
+    block: MoeBlock,
+    types: tuple[str, ...],
+    ggml: Ggml,
+    samples: int,
+    threads: int,
+    tick: Tick,
+    feedback: Feedback | None,
 ) -> LayerCalibration:
     """What was observed of a block that all tokens passed, and the errors of each type."""
-    layer, sample = observer.take(block)
-    measured_on = measured_tokens(sample, layer, samples, block.family.weighs_inputs)
+    tokens = measured_tokens(sample, layer, samples, block.family.weighs_inputs)
+    if on_device(block.router.device):
+        with torch.inference_mode():
+            return measure_layer_there(layer, tokens, block.expert, types, ggml, feedback, threads=threads, tick=tick, hidden=block.hidden)
     # One thread per expert: torch's own would only get in each other's way.
-    with _torch_threads(1):
-        return measure_layer(layer, measured_on, weights_of(block), types, ggml, threads=threads, tick=tick, hidden=block.hidden)
+    with _torch_threads(1), threadpool_limits(1):
+        return measure_layer(
+            layer, tokens, weights_of(block), types, ggml, threads=threads, tick=tick, hidden=block.hidden, feedback=feedback
+        )
 
 
 def _warn_of_unseen(layers: list[LayerCalibration]) -> None:
@@ -241,8 +260,10 @@ def _warn_of_unseen(layers: list[LayerCalibration]) -> None:
 class Observer:
     """Hooks on a model's decoder layers that gather the sums and samples of its MoE blocks."""
 
-    def __init__(self, family: Family, n_tokens: int, samples: int, recorder: Recorder | None = None) -> None:
+    def __init__(self, family: Family, n_tokens: int, samples: int, recorder: Recorder | None = None, *, fetch: bool = True) -> None:
+        """fetch: samples are kept on the host, else where the model is."""
         self.n_tokens = n_tokens
+        self._fetch = fetch
         self._recorder = recorder
         self._family = family
         self.sums: dict[int, BlockSums] = {}
@@ -295,7 +316,7 @@ class Observer:
             new = Sample(x, ids.cpu().numpy(), weights.cpu().numpy(), self._batch)
             if self._recorder is not None:
                 self._recorder.add(block.layer, new.ids)
-            self.samples[block.layer] = merge(self.samples.get(block.layer), new, block.n_expert, self._size)
+            self.samples[block.layer] = merge(self.samples.get(block.layer), new, block.n_expert, self._size, fetch=self._fetch)
 
         return hook
 
@@ -394,6 +415,7 @@ class _Progress:
         changed = sum(1 + len(GROUPS) * sum(b <= i for b in blocks) for i in range(len(model)))
         total = len(model) * n_tokens + _EXPERT * sum(b.n_expert for b in blocks.values()) + changed * response_tokens
         self._layers, self._response_tokens = len(model), response_tokens
+        self._what, self._since, self._seconds = "", 0.0, dict[str, float]()
         shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
         self._bar = Bar(total=total, desc="calibrating", bar_format=shape, disable=not show)
 
@@ -401,10 +423,20 @@ class _Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._passed("")
         self._bar.close()
+        log.debug("calibrating took %s", ", ".join(f"{seconds:.1f} s for {what}" for what, seconds in self._seconds.items()))
 
     def at(self, layer: int, what: str) -> None:
+        self._passed(what)
         self._bar.set_description_str(f"calibrating, layer {layer + 1} of {self._layers}, {what}")
+
+    def _passed(self, what: str) -> None:
+        """The next part begins. On a GPU the last one has work left, but all parts end by fetching something."""
+        now = time.monotonic()
+        if self._what:
+            self._seconds[self._what] = self._seconds.get(self._what, 0.0) + now - self._since
+        self._what, self._since = what, now
 
     def tokens(self, n: int) -> None:
         self._bar.update(n)

@@ -17,7 +17,7 @@ from torch import Tensor
 class Sample:
     """Tokens kept for one layer, in no order."""
 
-    x: Tensor  # [n, n_embd] block inputs, on the host
+    x: Tensor  # [n, n_embd] block inputs
     ids: NDArray[np.int64]  # [n, top_k]
     weights: NDArray[np.float32]  # [n, top_k]
     priority: NDArray[np.float64]  # [n]
@@ -36,15 +36,16 @@ def bottom_k(ids: NDArray[np.int64], priority: NDArray[np.float64], n_expert: in
     return keep
 
 
-def merge(old: Sample | None, new: Sample, n_expert: int, size: int) -> Sample:
-    """The sample of all tokens seen so far. `new.x` may lie on the device: only what is kept is fetched."""
+def merge(old: Sample | None, new: Sample, n_expert: int, size: int, *, fetch: bool = True) -> Sample:
+    """The sample of all tokens seen so far. `new.x` may lie on the device: only what is kept is fetched, or with fetch=False nothing."""
     n = 0 if old is None else len(old.ids)
     ids = new.ids if old is None else np.concatenate([old.ids, new.ids])
     weights = new.weights if old is None else np.concatenate([old.weights, new.weights])
     priority = new.priority if old is None else np.concatenate([old.priority, new.priority])
     keep = bottom_k(ids, priority, n_expert, size)
-    fresh = new.x[torch.from_numpy(np.flatnonzero(keep[n:])).to(new.x.device)].cpu()
-    x = fresh if old is None else torch.cat([old.x[torch.from_numpy(keep[:n])], fresh])
+    fresh = new.x[torch.from_numpy(np.flatnonzero(keep[n:])).to(new.x.device)]
+    fresh = fresh.cpu() if fetch else fresh
+    x = fresh if old is None else torch.cat([old.x[torch.from_numpy(keep[:n]).to(old.x.device)], fresh])
     return Sample(x, ids[keep], weights[keep], priority[keep])
 
 

@@ -15,11 +15,12 @@ Key = tuple[Any, ...]
 
 
 class Spool:
-    """Tensors by key, on the host. Use it in a `with`: what is on disk is gone afterwards, however the program ends."""
+    """Tensors by key. Use it in a `with`: what is on disk is gone afterwards, however the program ends."""
 
-    def __init__(self, directory: Path | None, in_memory: int) -> None:
-        """directory: for the file, the system's temporary one if None. in_memory: bytes that may be held in memory."""
-        self._directory, self._room = directory, in_memory
+    def __init__(self, directory: Path | None, in_memory: int, on_device: int = 0) -> None:
+        """directory: for the file, the system's temporary one if None. in_memory: bytes that may be held in memory. on_device: bytes of
+        tensors that lie on another device than the CPU and may stay there."""
+        self._directory, self._room, self._room_there = directory, in_memory, on_device
         self._held: dict[Key, Tensor] = {}
         self._stored: dict[Key, tuple[int, torch.Size, torch.dtype]] = {}
         self._free: dict[int, list[int]] = {}  # size -> places of that size in the file that nobody uses
@@ -37,11 +38,15 @@ class Spool:
     def put(self, key: Key, tensor: Tensor) -> None:
         """Keep a tensor, instead of what the key had. Raises OSError where the disk is full."""
         self.drop(key)
-        tensor = tensor.detach().cpu().contiguous()
+        tensor = tensor.detach().contiguous()
+        if tensor.device.type != "cpu" and tensor.nbytes <= self._room_there:
+            self._room_there -= tensor.nbytes
+            self._held[key] = _own(tensor)
+            return
+        tensor = tensor.cpu()
         if tensor.nbytes <= self._room:
             self._room -= tensor.nbytes
-            # A view would keep all of its base alive.
-            self._held[key] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+            self._held[key] = _own(tensor)
             return
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115 (__exit__ closes it)
@@ -64,10 +69,19 @@ class Spool:
     def drop(self, key: Key) -> None:
         """Forget a key, known or not."""
         if key in self._held:
-            self._room += self._held.pop(key).nbytes
+            tensor = self._held.pop(key)
+            if tensor.device.type == "cpu":
+                self._room += tensor.nbytes
+            else:
+                self._room_there += tensor.nbytes
         elif key in self._stored:
             at, shape, dtype = self._stored.pop(key)
             self._free.setdefault(shape.numel() * dtype.itemsize, []).append(at)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor, in memory of its own: a view would keep all of its base alive."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _bytes(tensor: Tensor) -> memoryview:
