@@ -188,7 +188,7 @@ class Bench:
         if "calibrate" in steps:
             options = ["--text", text, "--tokens", str(args.tokens), "--device", args.device, "--types", args.types, *limit]
             name = f"calibrate, {args.tokens} tokens" + ("" if args.device == "cpu" else f", {args.device}")
-            self.run(layers, name, [*ours, "calibrate", model, "-o", calibration, *options])
+            self.run(layers, name, [*ours, "calibrate", "--verbose", model, "-o", calibration, *options])
         if "convert" in steps:
             code = (
                 "import sys; from pathlib import Path; from rq_gguf.writing.convert import convert_base as c; c(*map(Path, sys.argv[1:]))"

@@ -100,15 +100,18 @@ def measure_layer_there(
             changes.append(Changes(x, gate_weight, weights, hidden(e), most_rows))
         of = slice(first, here.stop)
 
-        def after(m: str, kind: str, of: slice = of, changes: list[Changes] = changes) -> Tensor:
-            rows = torch.stack([c.rows(m) for c in changes])
-            return requantized(ggml, kind, rows, importance[m][of], None if m == "down" else feedback, threads=threads)
+        def after(names: tuple[str, ...], kind: str, of: slice = of, changes: list[Changes] = changes) -> tuple[Tensor, ...]:
+            """[experts, rows, columns] of each of the matrices, which have the same inputs."""
+            rows = torch.stack([torch.cat([c.rows(m) for m in names]) for c in changes])
+            back = requantized(ggml, kind, rows, importance[names[0]][of], None if "down" in names else feedback, threads=threads)
+            return back.chunk(len(names), dim=1)
 
         for kind, same in by_stored_type(types, some.shape[1]).items():
-            pairs = zip(changes, after("gate", kind), after("up", kind), strict=True)
-            error[of, 0, same] = _fetched([c.of_gate_up(kind, gate, up) for c, gate, up in pairs])[:, None]
+            found = [c.of_gate_up(kind, gate, up) for c, gate, up in zip(changes, *after(("gate", "up"), kind), strict=True)]
+            error[of, 0, same] = _fetched(found)[:, None]
         for kind, same in by_stored_type(types, expert(0)[2].shape[1]).items():
-            error[of, 1, same] = _fetched([c.of_down(kind, down) for c, down in zip(changes, after("down", kind), strict=True)])[:, None]
+            found = [c.of_down(kind, down) for c, down in zip(changes, *after(("down",), kind), strict=True)]
+            error[of, 1, same] = _fetched(found)[:, None]
         for _ in here:
             tick()
     scale = expected_selections(layer.selections) / layer.residual_energy

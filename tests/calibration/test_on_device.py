@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import save_tokenizer, tiny_model
+from tiny_models import Size, save_tokenizer, tiny_model
 
 from rq_gguf.calibration import on_device, response, run
 from rq_gguf.calibration.data import Calibration
@@ -69,14 +69,14 @@ def test_feedback_is_the_same_arithmetic(kind: str, ggml: Ggml) -> None:
 
 
 def calibrated(directory: Path, ggml: Ggml) -> Calibration:
-    types = ("q2_k", "iq4_xs", "q4_k", "q6_k", "q4_0")
+    types = ("q4_k", "q6_k", "q4_0")  # of the last ggml takes care on any device
     return run.calibrate(directory, TEXT, types=types, ggml=ggml, device="cpu", threads=2, progress=False)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_a_calibration_measured_there(family: str, ggml: Ggml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors, importance and responses as those measured with ggml's quantizers; what is counted is the same to the last bit."""
-    tiny_model(family, hidden_size=256, intermediate_size=256).save_pretrained(tmp_path)
+    tiny_model(family, Size(n_expert=4, n_embd=256, n_ff=256)).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     expected = calibrated(tmp_path, ggml)
     for module in (run, response):
