@@ -39,7 +39,7 @@ def test_a_head_that_is_the_embedding(tmp_path: Path) -> None:
 
 
 def check_equal(tmp_path: Path) -> None:
-    """Outputs of all layers, and logits, bit for bit."""
+    """Outputs of all layers bit for bit; logits, which are asked for at fewer positions, up to rounding."""
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     expected: list[torch.Tensor] = []
     for layer in decoder_layers(whole):
@@ -56,7 +56,7 @@ def check_equal(tmp_path: Path) -> None:
             assert all(p.is_meta for layer in streamed.layers for p in layer.parameters())
         streamed.load_head()
         assert hidden is not None
-        assert torch.equal(streamed.logits(ids, hidden, torch.tensor([3, 39])), logits[:, [3, 39]])
+        torch.testing.assert_close(streamed.logits(ids, hidden, torch.tensor([3, 39])), logits[:, [3, 39]], rtol=1e-5, atol=1e-6)
 
 
 def calibrated(directory: Path, ggml: Ggml, out: Path, **options: Any) -> bytes:
