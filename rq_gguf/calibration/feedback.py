@@ -9,6 +9,8 @@ up falls by 15 % (last layer) to 50 % (first), in all types from Q2_K to Q6_K. d
 of every expert's would take too much room.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +19,7 @@ from rq_gguf.ggml import Ggml
 from rq_gguf.types import block
 
 Matrix = NDArray[np.float32]
+Factor = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 DAMPING = 0.01
 """Of the mean diagonal, added to it: GPTQ's choice."""
@@ -27,12 +30,12 @@ PRECISE = frozenset(("q8_0", "f16", "bf16", "f32"))
 class Feedback:
     """One layer's update for rows that are multiplied with its inputs. Safe to use from several threads."""
 
-    def __init__(self, moments: Matrix) -> None:
-        """moments: [columns, columns] second moments of the inputs, at any scale."""
+    def __init__(self, moments: Matrix, factor: Factor | None = None) -> None:
+        """moments: [columns, columns] second moments of the inputs, at any scale. factor: instead of inverse_factor, the same elsewhere."""
         damped = moments.astype(np.float64)
         damped[np.diag_indices_from(damped)] += DAMPING * float(np.trace(damped)) / len(damped) or 1.0
         # U upper triangular with U^T U = H^-1: its blocks give the update of every block given that all before it are done.
-        self._u = np.linalg.cholesky(np.linalg.inv(damped)).T
+        self._u = (factor or inverse_factor)(damped).T
         self._update: dict[int, Matrix] = {}
 
     def update(self, step: int) -> Matrix:
@@ -62,6 +65,11 @@ class Feedback:
         return np.concatenate(parts, axis=1)
 
 
-def layer_feedback(layer: LayerCalibration) -> Feedback | None:
-    """The update for a layer's gate and up; None where the calibration has no moments of its inputs."""
-    return None if layer.moments is None else Feedback(layer.moments())
+def inverse_factor(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """L, lower triangular, with L L^T the inverse of a positive definite matrix."""
+    return np.linalg.cholesky(np.linalg.inv(matrix))
+
+
+def layer_feedback(layer: LayerCalibration, factor: Factor | None = None) -> Feedback | None:
+    """The update for a layer's gate and up; None where the calibration has no moments of its inputs. factor: see Feedback."""
+    return None if layer.moments is None else Feedback(layer.moments(), factor)

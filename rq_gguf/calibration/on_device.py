@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rq_gguf.calibration.data import LayerCalibration
 from rq_gguf.calibration.device_quants import SUPPORTED, dequantized
-from rq_gguf.calibration.feedback import PRECISE, Feedback
+from rq_gguf.calibration.feedback import PRECISE, Factor, Feedback
 from rq_gguf.calibration.imatrix import expected_selections, matrix_rows
 from rq_gguf.calibration.measure import ROWS, Changes
 from rq_gguf.calibration.observe import Expert, Hidden, expert_hidden
@@ -30,6 +31,15 @@ _AT_ONCE = 1 << 26
 def on_device(where: torch.device) -> bool:
     """Whether what runs on this device is measured there. MPS lacks float64 and was not tried."""
     return where.type == "cuda"
+
+
+def factor_there(where: torch.device) -> Factor | None:
+    """What factors matrices for Feedback on a device; None for the CPU's own way."""
+
+    def factor(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+        return torch.linalg.cholesky(torch.linalg.inv(torch.from_numpy(matrix).to(where))).cpu().numpy()
+
+    return factor if on_device(where) else None
 
 
 def requantized(ggml: Ggml, type_name: str, w: Tensor, importance: Tensor, feedback: Feedback | None = None, *, threads: int = 1) -> Tensor:

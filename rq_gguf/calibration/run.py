@@ -27,7 +27,7 @@ from rq_gguf.calibration.fingerprint import router_fingerprint
 from rq_gguf.calibration.measure import completed, mean_gate_weights, measure_layer
 from rq_gguf.calibration.memory import BATCH, release, room
 from rq_gguf.calibration.observe import BlockSums, input_energy, observe_block, residual_energy
-from rq_gguf.calibration.on_device import measure_layer_there, on_device
+from rq_gguf.calibration.on_device import factor_there, measure_layer_there, on_device
 from rq_gguf.calibration.paper_models import register
 from rq_gguf.calibration.requantize import Matrix, Tick
 from rq_gguf.calibration.response import SEQUENCES, Variants, reference_type
@@ -141,7 +141,7 @@ def calibrate(
             if block is not None:
                 bar.at(i, "types")
                 seen, sample = observer.take(block)
-                feedback = layer_feedback(seen)
+                feedback = layer_feedback(seen, factor_there(where))
                 layer = _measured(seen, sample, block, types, ggml, samples, threads, bar.expert, feedback)
                 assert layer.moments is not None
                 layers.append(replace(layer, moments=shelf.keep(layer.moments())))

@@ -10,7 +10,7 @@ from tiny_models import Size, save_tokenizer, tiny_model
 from rq_gguf.calibration import on_device, response, run
 from rq_gguf.calibration.data import Calibration
 from rq_gguf.calibration.device_quants import SUPPORTED, dequantized
-from rq_gguf.calibration.feedback import Feedback
+from rq_gguf.calibration.feedback import Feedback, inverse_factor
 from rq_gguf.calibration.requantize import requantize
 from rq_gguf.calibration.spool import Spool
 from rq_gguf.ggml import Ggml
@@ -56,6 +56,14 @@ def test_every_type_of_the_ladder_is_known() -> None:
     assert set(LADDER) <= SUPPORTED
 
 
+def test_the_factor_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = RNG.standard_normal((60, 60))
+    assert on_device.factor_there(torch.device("cpu")) is None
+    monkeypatch.setattr(on_device, "on_device", lambda where: True)
+    factor = on_device.factor_there(torch.device("cpu"))
+    assert factor is not None and np.allclose(factor(half @ half.T), inverse_factor(half @ half.T), rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["q4_k", "q8_0", "q4_0"])  # the last is ggml's work here too
 def test_feedback_is_the_same_arithmetic(kind: str, ggml: Ggml) -> None:
     inputs = RNG.standard_normal((600, COLUMNS)) @ RNG.standard_normal((COLUMNS, COLUMNS))
@@ -79,7 +87,7 @@ def test_a_calibration_measured_there(family: str, ggml: Ggml, tmp_path: Path, m
     tiny_model(family, Size(n_expert=4, n_embd=256, n_ff=256)).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     expected = calibrated(tmp_path, ggml)
-    for module in (run, response):
+    for module in (run, response, on_device):
         monkeypatch.setattr(module, "on_device", lambda where: True)
     monkeypatch.setattr(on_device, "_AT_ONCE", 3 * 256 * 256)  # several rounds a layer
     made = calibrated(tmp_path, ggml)
