@@ -265,6 +265,17 @@ def plan_calibration(
     base: the model's GGUF, needed where the budget bounds the whole file. others: types of what is no routed expert in it.
     Raises UserError.
     """
+    measured, choices, other_bytes = read_for_plan(calibration, out, choices, base, others)
+    planned = plan_measured(choices, measured, file_hash(calibration), other_bytes)
+    write_plan(out, planned, measured)
+    return planned, remarks_on(measured, choices.types)
+
+
+def read_for_plan(
+    calibration: Path, out: Path, choices: Choices, base: Path | None, others: Others | None
+) -> tuple[Calibration, Choices, int]:
+    """(calibration, the choices with their types, bytes of the file without its experts or 0 where the base is unknown) of
+    `plan_calibration`, whose arguments these are."""
     if choices.budget.kind == "size" and choices.target_kld is None and base is None:
         raise UserError(
             f"--budget {choices.budget.text} bounds a whole file, and a calibration knows only its experts; give the model too "
@@ -278,9 +289,7 @@ def plan_calibration(
         log.warning("%s measured no errors (it is a plain imatrix): typical ones stand in for them; `rq-gguf build` measures", calibration)
     if not measured.load_known:
         choices = without_copies(choices, calibration)
-    planned = _make(choices, measured, file_hash(calibration), other_bytes)
-    write_plan(out, planned, measured)
-    return planned, remarks_on(measured, choices.types)
+    return measured, choices, other_bytes
 
 
 def remarks_on(measured: Calibration, types: tuple[str, ...]) -> Remarks:
@@ -365,7 +374,7 @@ def _plan(job: Job, choices: Choices, measured: Calibration, path: Path, given: 
         "plan",
         plan_path,
         key([file_hash(path), settings, other, measured.merged_gate_up]),
-        lambda: write_plan(plan_path, _make(choices, measured, file_hash(path), other_bytes), measured),
+        lambda: write_plan(plan_path, plan_measured(choices, measured, file_hash(path), other_bytes), measured),
         editable=True,
     )
     return read_plan(plan_path, measured, other_bytes), file_hash(plan_path)
@@ -411,7 +420,7 @@ def build_to_target(
 
             def attempt(other_kld: float) -> Attempt[Plan]:
                 nonlocal least
-                planned = _make(choices, measured, sha256, other_bytes, other_kld)
+                planned = plan_measured(choices, measured, sha256, other_bytes, other_kld)
                 need_space(out.parent, planned.expert_bytes + other_bytes, f"writing {out.name}")
                 report = write_model(base, planned, measured, candidate, ggml=ggml, others=others, calibration_file=path.name)
                 kld = compare(candidate, text, logits, chunks=chunks).kld.value
@@ -440,7 +449,8 @@ def build_to_target(
     return read_plan(plan_path, measured, other_bytes), files, reports[0] if reports else None
 
 
-def _make(choices: Choices, measured: Calibration, sha256: str, other_bytes: int, other_kld: float | None = None) -> Plan:
+def plan_measured(choices: Choices, measured: Calibration, sha256: str, other_bytes: int, other_kld: float | None = None) -> Plan:
+    """Plan a calibration. other_bytes: as `read_for_plan` gives it. other_kld: nats of a target that are not the experts'."""
     aim: dict[str, float] = {}
     if choices.target_kld is not None:
         aim = {"target_kld": choices.target_kld, "other_kld": min(OTHER_KLD, choices.target_kld / 2) if other_kld is None else other_kld}

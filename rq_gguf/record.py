@@ -13,6 +13,7 @@ from rq_gguf.evaluation.tasks import ItemBar, default_threads, search_path
 from rq_gguf.extras import need
 from rq_gguf.inputs import gguf_of, model_directory, model_name, read_text
 from rq_gguf.runtime.tools import library_path, run_tool
+from rq_gguf.vram.hits import Hits, study_halves
 
 
 def record_routing(model: str, out: Path, *, text: Path | None, tokens: int, device: str, max_memory: int | None) -> Trace:
@@ -53,6 +54,14 @@ def _with_llama(model: Path, text: str, tokens: int) -> Trace:
         if not is_zip(answer_file):
             raise UserError(json.loads(answer_file.read_text(encoding="utf-8"))["error"])
         return read_trace(answer_file)
+
+
+def hot_experts(trace: Trace) -> list[Hits]:
+    """What busy experts in VRAM would catch of a trace; nothing where it is too short to tell."""
+    try:
+        return study_halves(trace)
+    except ValueError:
+        return []
 
 
 def to_json(trace: Trace, out: Path) -> dict[str, Any]:

@@ -19,7 +19,9 @@ EXAMPLES = examples(
 @click.option("--calibration", type=INPUT, metavar="FILE", help="What a GGUF was built with; found by itself where build left it.")
 @click.option("--budget", metavar="TYPE|BPW", help=f"For a calibration: what to plan for.  [default: {defaults.BUDGET}]")
 @click.option("--plan", type=INPUT, metavar="FILE", help="For a calibration: show this plan.json instead.")
-@click.option("--vram", metavar="SIZE", help="Memory that a GPU has left for experts (6GB): what share of the selections it catches.")
+@click.option("--vram", metavar="SIZE", help="Memory that a GPU has left for experts (6GB): what share of the selections it catches, and "
+              "the speed to expect.")  # fmt: skip
+@click.option("--machine", metavar="NAME|FILE", help="With --vram: whose speed to predict, as for plan.  [default: 12gb]")
 @click.option("--figures", type=path_type(file_okay=False), metavar="DIR", help="Write each figure as SVG, and as PNG with matplotlib.")
 @JSON
 def report(
@@ -29,6 +31,7 @@ def report(
     budget: str | None,
     plan: Path | None,
     vram: str | None,
+    machine: str | None,
     figures: Path | None,
     json_file: Path | None,
 ) -> None:
@@ -41,7 +44,7 @@ def report(
     from rq_gguf.report.words import verdict
 
     make.check_output(out, source, calibration, plan)
-    found = make.make_report(source, make.Options(budget, plan, calibration, vram))
+    found = make.make_report(source, make.Options(budget, plan, calibration, vram, machine))
     make.write_page(found, out)
     written = [] if figures is None else make.write_figures(found, figures)
     lines = [f"{v.heading}. {v.sentences[0]}" for v in verdict(found)] + [f"report    {out}"]

@@ -46,6 +46,8 @@ class Market:
     """[layers, most + 1] bytes of the layer's map; a layer without copies and with one type in each group needs none."""
     max_tiers: int
     """Most types in a layer and group."""
+    charges: tuple[Floats, ...] | None = None
+    """Per group [types, layers, n_expert] what an expert pays for a type, times the price, where that is not its bytes; without copies."""
 
     @property
     def n_expert(self) -> int:
@@ -78,6 +80,12 @@ class Market:
 
     def sloped(self, slope: Floats) -> "Market":
         return replace(self, slope=slope)
+
+    def charged(self, group: int, price: float, instances: Floats | Ints) -> Floats:
+        """[types, layers, items] what a type costs at a price. instances: [layers, items] of every item."""
+        if self.charges is not None:
+            return price * self.charges[group]
+        return np.asarray((price * self.size[group])[:, None, None] * instances)
 
     def totals(self, costs: Floats) -> Floats:
         """[rows, most + 1] what a layer costs with 0, 1, ... copies. costs: [rows, items], items as in `items`."""
@@ -122,8 +130,8 @@ def relax(market: Market, price: float, weight: float) -> Relaxed:
     # A layer in one type per group and without copies has no map: an option of its own.
     plain_cost = np.full(len(cost), np.inf) if market.least else weight * market.log_lis[:, 0]
     plain_types, subsets = [], []
-    for kld, size in zip(klds, market.size, strict=True):
-        values = kld + (price * size)[:, None, None] * instances
+    for g, (kld, size) in enumerate(zip(klds, market.size, strict=True)):
+        values = kld + market.charged(g, price, instances)
         least, used = _least(values)
         curve = market.totals(least)
         bound += curve
@@ -177,7 +185,7 @@ def _outcome(market: Market, price: float, copies: Ints, allowed: tuple[Flags, .
     instances = place_copies(market.order, copies, market.n_expert) + 1
     errors, total = np.zeros(market.slope.shape), np.zeros(len(copies))
     for g, (error, size, few) in enumerate(zip(market.error, market.size, allowed, strict=True)):
-        value = error * market.slope[:, g, None] + (price * size)[:, None, None] * instances
+        value = error * market.slope[:, g, None] + market.charged(g, price, instances)
         best = np.where(few[:, :, None], value, np.inf).argmin(axis=0)
         errors[:, g] = np.take_along_axis(error, best[None], axis=0)[0].sum(axis=1)
         total += (size[best] * instances).sum(axis=1)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from rq_gguf.calibration.data import Calibration
 from rq_gguf.planning.budget import ExpertShape
 from rq_gguf.planning.plan import LayerPlan
+from rq_gguf.vram.speed import Rest
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Subject:
     """Of the whole file; None for a plan."""
     calibration: Calibration | None
     """None for a file whose calibration is not at hand."""
+    rest: Rest | None = None
+    """What a token reads besides routed experts; None where the model is not at hand."""
     notes: tuple[str, ...] = ()
 
 
@@ -100,6 +103,19 @@ class Cover:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """Experts of a KL divergence, and the speed predicted for them on a machine with some VRAM."""
+
+    name: str
+    kld: float | None
+    """Nats; None where unknown."""
+    decode: float
+    """Tokens per second of one sequence, the busy experts in VRAM."""
+    stock: float
+    """The same in the best of stock llama.cpp's layouts of the same VRAM."""
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that a report says. KL divergences are predicted, in nats; load is that of the calibration text."""
 
@@ -140,6 +156,14 @@ class Report:
     vram: int | None
     """Bytes that the user has for experts."""
     notes: tuple[str, ...]
+    machine: str | None = None
+    """Whose speed is predicted; None where there is no VRAM to predict for, or the load is unknown."""
+    rate: Rate | None = None
+    """Of this plan or file."""
+    rates: tuple[Rate, ...] = ()
+    """Of the frontier."""
+    uniform_rates: tuple[Rate, ...] = ()
+    """Of all experts in one type."""
 
     @property
     def n_copies(self) -> int:

@@ -166,6 +166,46 @@ def frontier_lines(r: Report, width: float) -> Drawing:
     return d
 
 
+def speed_lines(r: Report, width: float) -> Drawing:
+    """Predicted KL divergence over predicted tokens per second, with the user's VRAM."""
+    assert r.rate is not None and r.rate.kld is not None  # see drawn
+    d = Drawing("speed", "Error against speed", width, 380)
+    mine = "this file" if r.written else "this plan"
+    legend: Legend = [
+        ("accent", "line", "a type per expert, the busy ones in VRAM"),
+        ("muted", "line", "the same, whole layers in VRAM"),
+        ("before", "square", "one type for all, the busy ones in VRAM"),
+        ("ink", "diamond", mine),
+    ]
+    top = _legend(d, legend, 0)
+    known = [(rate, rate.kld) for rate in (*r.rates, *r.uniform_rates, r.rate) if rate.kld is not None]
+    speeds = [v for rate, _ in known for v in (rate.decode, rate.stock)]
+    span = max(speeds) - min(speeds) or max(speeds)
+    x = Axis(max(0.0, min(speeds) - 0.05 * span), max(speeds) + 0.08 * span, 64, width - 14)
+    y = _log_axis([kld for _, kld in known], d.height - 46, top + 14)
+    _horizontal(d, y, log_ticks(y.low, y.high, 8), "", (x.start, x.end))
+    _below(d, x, ticks(x.low, x.high, 6 if width > 500 else 4), "{:g}", "tokens per second, predicted")
+    line = [(rate, rate.kld) for rate in r.rates if rate.kld is not None]
+    if line:
+        d.add(Line(tuple((x(rate.stock), y(kld)) for rate, kld in line), "muted", 1.5, dash=True))
+        d.add(Line(tuple((x(rate.decode), y(kld)) for rate, kld in line), "accent", 2.5))
+    for colour, kind, size, rates in (
+        ("accent", "circle", 3.0, r.rates),
+        ("before", "square", 4.5, r.uniform_rates),
+        ("ink", "diamond", 7.0, (r.rate,)),
+    ):
+        for rate in rates:
+            if rate.kld is not None:
+                tip = f"{rate.name or mine}: {rate.decode:.1f} tokens/s, {rate.stock:.1f} in stock's layout; {kld_text(rate.kld)} nats"
+                d.add(Dots(((x(rate.decode), y(rate.kld)),), size, colour, kind, tip=tip))
+    taken = [(x(rate.decode) - 4, y(kld) - 4, 8.0, 8.0) for rate, kld in known]
+    for rate in (r.rate, *r.uniform_rates):
+        if rate.kld is not None:
+            _beside(d, rate.name or mine, x(rate.decode), y(rate.kld), taken, (x.start, top, x.end, y.start))
+    _turned(d, "predicted KL divergence, nats", y)
+    return d
+
+
 def coverage_lines(r: Report, width: float) -> Drawing:
     """Share of selections caught over bytes in fast memory."""
     d = Drawing("coverage", "What fast memory catches", width, 320)
@@ -203,6 +243,8 @@ def drawn(r: Report) -> dict[str, Callable[[Report, float], Drawing]]:
     found |= {"map": type_map, "bytes": bytes_bars}
     if r.chosen is not None:
         found["frontier"] = frontier_lines
+    if r.rates and r.rate is not None and r.rate.kld is not None:
+        found["speed"] = speed_lines
     if r.coverage:
         found["coverage"] = coverage_lines
     return found

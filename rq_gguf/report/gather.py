@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rq_gguf import defaults
 from rq_gguf.calibration.data import Calibration
 from rq_gguf.errors import UserError
-from rq_gguf.format import GROUPS, MATRICES
+from rq_gguf.format import GROUPS, MATRICES, parse_expert_name, parse_map_name
 from rq_gguf.planning.budget import ExpertShape, expert_shape, layer_bytes, uniform_bytes
 from rq_gguf.planning.error import error_model, measured_error
 from rq_gguf.planning.load import lis, split_load
@@ -19,14 +19,20 @@ from rq_gguf.planning.plan import LayerPlan, Plan
 from rq_gguf.planning.policy import AUTO, make_plan
 from rq_gguf.planning.summary import plan_errors
 from rq_gguf.rank_correlation import rank_correlation
-from rq_gguf.report.data import Choice, Cover, Layer, Point, Report, Subject
+from rq_gguf.report.data import Choice, Cover, Layer, Point, Rate, Report, Subject
 from rq_gguf.types import rank
+from rq_gguf.vram.hits import shares_of
+from rq_gguf.vram.machine import Machine
+from rq_gguf.vram.model import experts_of, rest_of, uniform_experts
+from rq_gguf.vram.plans import TYPICAL, Setting, measure
+from rq_gguf.vram.speed import Experts, Rest
 from rq_gguf.writing.tiered import Tiered, TieredLayer
 
 BUDGETS = 12
 """Points of the frontier."""
 
 _UNMEASURED = "errors are not known: the calibration measured none for some of the types here"
+_EXPERTS_ALONE = "a calibration knows only the experts: speed is predicted as if a token read nothing else, and is less in truth"
 
 Floats = NDArray[np.float64]
 
@@ -66,6 +72,13 @@ def subject_of_file(name: str, file: Tiered, calibration: Calibration | None, no
     load = tuple(np.asarray(x, dtype=np.float64) for x in loads) if len(loads) == len(layers) else None
     used = {t for layer in layers for group in layer.groups for row in group for t in row}
     arch = header.get("general.architecture", "")
+    n_used = header.integer(f"{arch}.expert_used_count", 0)
+    others = {
+        name: (t.n_bytes, t.cols * t.n_rows)
+        for name, t in header.tensors.items()
+        if parse_expert_name(name) is None and parse_map_name(name) is None
+    }
+    active = float(sum(n_used * shape.weights for shape in shapes))
     return Subject(
         name=name,
         model=str(header.get("rq.source.model") or header.get("general.name") or name),
@@ -73,7 +86,7 @@ def subject_of_file(name: str, file: Tiered, calibration: Calibration | None, no
         layers=layers,
         shapes=shapes,
         load=load if load is not None or calibration is None else _loads(calibration),
-        n_expert_used=header.integer(f"{arch}.expert_used_count", 0),
+        n_expert_used=n_used,
         tokens=header.integer("rq.calibration.tokens", 0),
         budget=str(header.get("rq.budget", "")),
         types=tuple(sorted(used, key=rank)),
@@ -81,12 +94,14 @@ def subject_of_file(name: str, file: Tiered, calibration: Calibration | None, no
         dispatch=str(header.get("rq.dispatch", "balanced")),
         file_bytes=header.size,
         calibration=calibration,
+        rest=rest_of(others, header.integer(f"{arch}.block_count", len(layers)), active),
         notes=notes,
     )
 
 
-def gather(subject: Subject, *, vram: int | None = None, step: Callable[[], None] = lambda: None) -> Report:
-    """All figures. vram: bytes that the user has for experts. step: called after each plan of the frontier."""
+def gather(subject: Subject, *, vram: int | None = None, machine: Machine | None = None, step: Callable[[], None] = lambda: None) -> Report:
+    """All figures. vram: bytes that the user has for experts. machine: whose speed to predict with them. step: called after each plan of
+    the frontier."""
     c = subject.calibration
     errors = None if c is None else plan_errors(c, subject.shapes[0], subject.layers)
     kld = klds = None
@@ -131,13 +146,69 @@ def gather(subject: Subject, *, vram: int | None = None, step: Callable[[], None
         vram=vram,
         notes=subject.notes + (() if c is None or errors is not None else (_UNMEASURED,)),
     )
+    rates = None if vram is None or machine is None else _Rates.of(subject, vram, machine)
+    if rates is not None:
+        report = replace(
+            report,
+            machine=rates.machine.name,
+            rate=rates.of_layers("", kld, subject.layers),
+            notes=report.notes + (() if subject.rest is not None else (_EXPERTS_ALONE,)),
+        )
     if c is None or report.chosen is None:
         return report
     types = _known_types(subject, c)
     plain, balanced = _choices(subject, c, types, report)
-    return replace(
-        report, frontier=_frontier(subject, c, types, step), uniform=_uniform(subject.shapes[0], c, types), plain=plain, balanced=balanced
+    plans = _frontier(subject, c, types, step)
+    report = replace(
+        report,
+        frontier=tuple(point for point, _ in plans),
+        uniform=_uniform(subject.shapes[0], c, types),
+        plain=plain,
+        balanced=balanced,
     )
+    if rates is None:
+        return report
+    return replace(
+        report,
+        rates=tuple(rates.of_layers(point.name, point.kld, layers) for point, layers in plans),
+        uniform_rates=tuple(rates.of_type(point.name, point.kld) for point in report.uniform),
+    )
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Predicts speed."""
+
+    setting: Setting
+    shape: ExpertShape
+    shares: Floats
+    """[layers, n_expert]"""
+    n_used: int
+
+    @property
+    def machine(self) -> Machine:
+        return self.setting.machine
+
+    @classmethod
+    def of(cls, subject: Subject, vram: int, machine: Machine) -> "_Rates | None":
+        """None where the load, the experts per token, or a shape that all layers have is unknown."""
+        if subject.load is None or not subject.n_expert_used or len(set(subject.shapes)) != 1:
+            return None
+        shape = subject.shapes[0]
+        active = float(len(subject.layers) * subject.n_expert_used * shape.weights)
+        rest = subject.rest or Rest(0, len(subject.layers), active)
+        # More than 1: bytes.
+        return cls(Setting(machine, max(vram, 2), None, rest, TYPICAL), shape, shares_of(np.stack(subject.load)), subject.n_expert_used)
+
+    def of_layers(self, name: str, kld: float | None, layers: tuple[LayerPlan, ...]) -> Rate:
+        return self._of(name, kld, experts_of(layers, self.shape, self.shares, self.n_used, self.machine))
+
+    def of_type(self, name: str, kld: float) -> Rate:
+        return self._of(name, kld, uniform_experts(self.shape, name, self.shares, self.n_used, self.machine))
+
+    def _of(self, name: str, kld: float | None, experts: Experts) -> Rate:
+        speed = measure(experts, self.setting, self.setting.vram)
+        return Rate(name, kld, speed.decode, speed.stock_decode)
 
 
 def _loads(c: Calibration) -> tuple[Floats, ...] | None:
@@ -238,7 +309,9 @@ def _plan(subject: Subject, c: Calibration, types: tuple[str, ...], size: int, r
         return None
 
 
-def _frontier(subject: Subject, c: Calibration, types: tuple[str, ...], step: Callable[[], None]) -> tuple[Point, ...]:
+def _frontier(
+    subject: Subject, c: Calibration, types: tuple[str, ...], step: Callable[[], None]
+) -> list[tuple[Point, tuple[LayerPlan, ...]]]:
     """Best plans without copies at BUDGETS sizes, evenly spaced on a logarithmic scale from the smallest type's to the largest's."""
     shape = subject.shapes[0]
     sizes = [uniform_bytes(shape, len(c.layers), t) for t in types]
@@ -246,9 +319,10 @@ def _frontier(subject: Subject, c: Calibration, types: tuple[str, ...], step: Ca
     for size in np.unique(np.geomspace(min(sizes), max(sizes), BUDGETS).round().astype(np.int64)).tolist():
         plan = _plan(subject, c, types, size, 0)
         if plan is not None and plan.summary["predicted_kld"] is not None:
-            found.append(Point(f"{plan.summary['bits_per_expert_weight']:.2f} bits", plan.expert_bytes, plan.summary["predicted_kld"]))
+            bits = f"{plan.summary['bits_per_expert_weight']:.2f} bits"
+            found.append((Point(bits, plan.expert_bytes, plan.summary["predicted_kld"]), plan.layers))
         step()
-    return tuple(found)
+    return found
 
 
 def _uniform(shape: ExpertShape, c: Calibration, types: tuple[str, ...]) -> tuple[Point, ...]:

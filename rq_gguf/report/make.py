@@ -25,6 +25,8 @@ from rq_gguf.report.page import page
 from rq_gguf.report.png import available, write_png
 from rq_gguf.report.svg import standalone
 from rq_gguf.types import LADDER, rank
+from rq_gguf.vram.files import find_machine
+from rq_gguf.vram.machine import DEFAULT
 from rq_gguf.writing.tiered import open_tiered
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class Options:
     plan: Path | None = None
     calibration: Path | None = None
     vram: str | None = None
+    machine: str | None = None
 
 
 def make_report(source: Path, options: Options) -> Report:
@@ -46,12 +49,15 @@ def make_report(source: Path, options: Options) -> Report:
     Raises UserError for anything else, and for options that do not fit.
     """
     vram = None if options.vram is None else _size(options.vram)
+    if options.machine is not None and vram is None:
+        raise UserError("--machine says how fast a machine is; give the memory that its GPU has for experts too (--vram 6GB)")
+    machine = None if vram is None else find_machine(options.machine or DEFAULT)
     subject = _of_calibration(source, options) if is_dat(source) or _is_statistics(source) else _of_file(source, options)
     known = "with" if subject.calibration is not None else "without"
     log.debug("%s: %d layers, %s a calibration", source, len(subject.layers), known)
     total = BUDGETS if subject.calibration is not None else 0
     with Bar(total=total, desc="planning", unit="budget", leave=False, disable=not total or None, delay=1) as bar:
-        return gather(subject, vram=vram, step=bar.update)
+        return gather(subject, vram=vram, machine=machine, step=bar.update)
 
 
 def check_output(out: Path, *inputs: Path | None) -> None:

@@ -17,6 +17,7 @@ _TITLES = {
     "map": "What every expert got",
     "bytes": "Where the bytes are",
     "frontier": "Error against bytes",
+    "speed": "Error against speed",
     "coverage": "What fast memory catches",
 }
 

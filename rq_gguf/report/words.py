@@ -157,7 +157,17 @@ def _memory(r: Report) -> Verdict | None:
     return Verdict(
         f"{size_text(r.vram)} catch {percent(fit.mean)} of the selections",
         (f"They hold the busiest {fit.experts} of {r.n_expert} experts of each layer ({size_text(fit.bytes)}).",)
+        + _speed(r)
         + ((text,) if fit.experts != quarter else ()),
+    )
+
+
+def _speed(r: Report) -> tuple[str, ...]:
+    if r.rate is None or r.machine is None or r.vram is None:
+        return ()
+    return (
+        f"On the machine {r.machine} one sequence decodes at {r.rate.decode:.3g} tokens per second, {r.rate.decode / r.rate.stock:.2f} "
+        "times stock's layout of the same VRAM (whole layers), both predicted.",
     )
 
 
@@ -196,6 +206,11 @@ def caption(r: Report, figure: str) -> str:
             return (
                 "Predicted KL divergence from the unquantized model over the bytes of all experts: the line is the best without copies, "
                 f"squares are all experts in one type, the diamond is this {'file' if r.written else 'plan'}."
+            )
+        case "speed":
+            return (
+                f"Predicted KL divergence over predicted tokens per second of one sequence, with {size_text(r.vram or 0)} of VRAM for "
+                f"experts on the machine {r.machine}: right and down is better. The dashed line is stock's layout, whole layers in VRAM."
             )
         case "coverage":
             return (

@@ -43,9 +43,9 @@ def test_report_of_a_calibration(calibration: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert f"report    {out}" in result.stdout and "100 kB hold not even one expert per layer" in result.stdout
     assert embedded(out) == json.loads(data.read_text())
-    assert {p.name for p in figures.glob("*.svg")} == {f"{name}.svg" for name in FIGURES}
+    assert {p.name for p in figures.glob("*.svg")} == {f"{name}.svg" for name in (*FIGURES, "speed")}
     if make.available():
-        assert {p.name for p in figures.glob("*.png")} == {f"{name}.png" for name in FIGURES}
+        assert {p.name for p in figures.glob("*.png")} == {f"{name}.png" for name in (*FIGURES, "speed")}
     assert not list(tmp_path.rglob("*.partial"))
 
 
