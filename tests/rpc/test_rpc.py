@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import need
 from rpc.conftest import CHUNKS, ROOT, Programs
 from rpc.network import SERVER, Network, can_make_networks, enter
 
@@ -14,7 +15,7 @@ from rq_gguf.runtime.rpc import Server, rpc_server
 
 pytestmark = [pytest.mark.runtime, pytest.mark.slow]
 
-OTHER_VERSION = "cannot be used: it has another version, or no device"
+REFUSED = "cannot be used: it does not answer, has another version, or has no device"
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +102,11 @@ def test_an_unpatched_server_is_refused(patched: Programs, stock: Programs, tier
     with rpc_server(stock.server) as server:
         for model in (tiered_demo, stock_demo):
             done = patched.generate(model, "--rpc", server.endpoint, "-ngl", "99")
-            assert done.returncode == 1 and OTHER_VERSION in done.stdout + done.stderr, done.stderr[-2000:]
+            assert done.returncode == 1 and REFUSED in done.stdout + done.stderr, done.stderr[-2000:]
             assert "version mismatch: 7.0.0" in done.stdout + done.stderr
         bench = [str(patched.folder / "llama-bench"), "-m", str(tiered_demo), "-p", "8", "-n", "0", "--rpc", server.endpoint]
         done = subprocess.run(bench, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-        assert done.returncode == 1 and OTHER_VERSION in done.stderr
+        assert done.returncode == 1 and REFUSED in done.stderr
         assert server.process.poll() is None
         assert stock.generate(stock_demo, "--rpc", server.endpoint, "-ngl", "99").returncode == 0
 
@@ -120,21 +121,51 @@ def test_an_unpatched_client_is_refused(patched: Programs, stock: Programs, stoc
         assert patched.generate(stock_demo, "--rpc", server.endpoint, "-ngl", "99").returncode == 0
 
 
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:1", "127.0.0.1"])
+def test_a_server_that_is_not_there(endpoint: str, patched: Programs, tiered_demo: Path) -> None:
+    """Nothing listens at the port, or there is none in the name. Stock aborts."""
+    for program in ("llama-completion", "llama-bench"):
+        command = [str(patched.folder / program), "-m", str(tiered_demo), "-n", "1", "--rpc", endpoint]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        assert done.returncode == 1 and f"RPC server {endpoint} {REFUSED}" in done.stdout + done.stderr, done.stderr[-2000:]
+
+
+def generation(build: Programs, model: Path, server: Server | None, tokens: int, *before: str) -> list[str]:
+    """The command of a client that generates until something ends it; without a server, of one that says what is right."""
+    command = [*before, str(build.folder / "llama-completion"), "-m", str(model), "-p", "Once", "-n", str(tokens), "-no-cnv", "-c", "512"]
+    command += ["--temp", "0", "-t", "1", "--ignore-eos", "--context-shift", "--no-repack"]
+    return [*command, "--rpc", server.endpoint, "-ngl", "99"] if server else command
+
+
+def start(command: list[str]) -> "tuple[subprocess.Popen[bytes], bytes]":
+    """A client that has begun to generate, and what it printed by then."""
+    client = subprocess.Popen(command, bufsize=0, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert client.stdout is not None
+    return client, client.stdout.read(60)
+
+
+def right_text(build: Programs, model: Path) -> bytes:
+    """What 150 tokens are without a server."""
+    return subprocess.run(generation(build, model, None, 150), capture_output=True, stdin=subprocess.DEVNULL, check=True).stdout.strip()
+
+
+def same_as_far_as_both_go(printed: bytes, right: bytes) -> bool:
+    common = min(len(printed), len(right))
+    return common >= 60 and printed[:common] == right[:common]
+
+
 @pytest.mark.parametrize("end", ["kill", "terminate"])
 def test_a_server_that_dies(end: str, patched: Programs, stock: Programs, tiered_demo: Path, stock_demo: Path) -> None:
     """The client ends at once and says why. Stock ends too, and often by SIGPIPE without a word."""
     for build, model in ((patched, tiered_demo), (stock, stock_demo)):
         with rpc_server(build.server) as server:
-            command = [str(build.folder / "llama-completion"), "-m", str(model), "-p", "Once", "-n", "100000", "-no-cnv", "-c", "512"]
-            command += ["--temp", "0", "-t", "1", "--ignore-eos", "--context-shift", "--rpc", server.endpoint, "-ngl", "99"]
-            client = subprocess.Popen(command, bufsize=0, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            assert client.stdout is not None
-            client.stdout.read(200)  # it is generating
+            client, begun = start(generation(build, model, server, 100_000))
             getattr(server.process, end)()
             begin = time.monotonic()
-            _, errors = client.communicate(timeout=60)
+            rest, errors = client.communicate(timeout=60)
             assert time.monotonic() - begin < 10
             assert client.returncode != 0
+            assert same_as_far_as_both_go(begun + rest, right_text(build, model))
             if build is patched:
                 assert b"Remote RPC server crashed" in errors, errors[-2000:]
 
@@ -142,8 +173,7 @@ def test_a_server_that_dies(end: str, patched: Programs, stock: Programs, tiered
 @pytest.fixture
 def network() -> Iterator[Network]:
     why = can_make_networks()
-    if why:
-        pytest.skip(why)
+    need(not why, why)
     with Network() as made:
         yield made
 
@@ -168,21 +198,17 @@ def test_a_lost_connection(healed: bool, network: Network, patched: Programs, ti
     """One that comes back after three seconds changes nothing; one that does not is noticed after a minute."""
     network.delay = 0.01
     with rpc_server(patched.server, host=SERVER, before=enter(network.server)) as server:
-        command = [*enter(network.client), str(patched.folder / "llama-completion"), "-m", str(tiered_demo), "-p", "Once", "-n", "150"]
-        command += ["-no-cnv", "-c", "256", "--temp", "0", "-t", "1", "--ignore-eos", "--no-repack", "--rpc", server.endpoint, "-ngl", "99"]
-        client = subprocess.Popen(command, bufsize=0, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        assert client.stdout is not None
-        begun = client.stdout.read(60)
+        client, begun = start(generation(patched, tiered_demo, server, 150, *enter(network.client)))
         network.connected = False
         begin = time.monotonic()
         if healed:
             time.sleep(3)
             network.connected = True
         rest, errors = client.communicate(timeout=180)
+    right = right_text(patched, tiered_demo)
     if healed:
-        alone = [command[i] for i in range(len(enter(network.client)), len(command) - 4)]
-        expected = subprocess.run(alone, capture_output=True, stdin=subprocess.DEVNULL, check=True)
-        assert client.returncode == 0 and begun + rest == expected.stdout
+        assert client.returncode == 0 and (begun + rest).strip() == right
     else:
+        assert same_as_far_as_both_go(begun + rest, right)
         assert client.returncode != 0 and b"Remote RPC server crashed" in errors, errors[-2000:]
         assert 20 < time.monotonic() - begin < 100
