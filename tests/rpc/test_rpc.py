@@ -1,5 +1,6 @@
 """llama.cpp's RPC backend with files of experts in tiers: right results wherever layers and experts are, and clear words where it fails."""
 
+import os
 import re
 import subprocess
 import time
@@ -138,10 +139,15 @@ def generation(build: Programs, model: Path, server: Server | None, tokens: int,
 
 
 def start(command: list[str]) -> "tuple[subprocess.Popen[bytes], bytes]":
-    """A client that has begun to generate, and what it printed by then."""
-    client = subprocess.Popen(command, bufsize=0, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    """A client that has begun to generate, and what it printed by then. It prints no backtrace, which would be on stdout."""
+    environment = os.environ | {"GGML_NO_BACKTRACE": "1"}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    client = subprocess.Popen(command, bufsize=0, env=environment, **pipes)
     assert client.stdout is not None
-    return client, client.stdout.read(60)
+    begun = b""
+    while len(begun) < 60 and (more := client.stdout.read(60)):
+        begun += more
+    return client, begun
 
 
 def right_text(build: Programs, model: Path) -> bytes:
@@ -150,8 +156,9 @@ def right_text(build: Programs, model: Path) -> bytes:
 
 
 def same_as_far_as_both_go(printed: bytes, right: bytes) -> bool:
+    printed = printed.strip()
     common = min(len(printed), len(right))
-    return common >= 60 and printed[:common] == right[:common]
+    return common >= 50 and printed[:common] == right[:common]
 
 
 @pytest.mark.parametrize("end", ["kill", "terminate"])
