@@ -85,6 +85,15 @@ def test_the_same_logits(tiered_demo: Path, servers: tuple[Server, Server], patc
     assert same is not None and float(same[1]) > 99.8
 
 
+def test_split_mode_tensor(tiered_demo: Path, stock_demo: Path, servers: tuple[Server, Server], patched: Programs) -> None:
+    """Each tensor cut over both servers: stock files run, tiers are refused with a sentence."""
+    options = ("--rpc", ",".join(s.endpoint for s in servers), "-ngl", "99", "-sm", "tensor")
+    assert patched.generate(stock_demo, *options, tokens=8).returncode == 0
+    done = patched.generate(tiered_demo, *options, tokens=8)
+    assert done.returncode == 1, done.returncode
+    assert "split mode 'tensor' does not support experts in tiers, use split mode 'layer'" in done.stderr, done.stderr[-2000:]
+
+
 def test_what_a_server_has_kept_is_not_sent_again(patched: Programs, large: Path, tmp_path: Path) -> None:
     texts, seconds = [], []
     with rpc_server(patched.server, "-c", cache=tmp_path / "cache") as server:
