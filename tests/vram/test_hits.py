@@ -10,8 +10,10 @@ from placement.samples import sample_trace
 
 from rq_gguf.calibration.record import record
 from rq_gguf.calibration.trace import Trace
+from rq_gguf.placement.batches import counts_of, draw, whole
 from rq_gguf.vram.hits import caught, fitted, replay, shares_of, study, study_halves
 from rq_gguf.vram.plans import TYPICAL
+from rq_gguf.vram.speed import Experts, Floats, Layout, chances, held
 
 
 def test_a_text_counted_by_hand() -> None:
@@ -59,6 +61,28 @@ EXCHANGES = {"lab": {2: 3.5, 4: 6.8, 6: 7.9}, "demo": {}}
 """Per 1000 tokens and layer, of 32 experts."""
 
 
+SEVERAL = {1: 1.86, 8: 1.42, 32: 1.08}
+"""Sequences of one text -> experts read on the slow side by half of the layers there, over those by the less busy half of all experts."""
+
+
+def _check_several_sequences(shares: Floats, held_out: list[Trace]) -> None:
+    """`speed.chances` takes tokens for independent: near what was published, and what is drawn from the texts."""
+    one = np.ones_like(shares)
+    experts = Experts(one, one, one, shares, held_out[0].n_expert_used)
+    there = held(experts, Layout(0, shares.shape[1] // 2))
+    for n, figure in SEVERAL.items():
+        read = chances(experts, n)
+        drawn = np.zeros(2)
+        for trace in held_out:
+            tokens = draw(whole(trace), n, 128, np.random.default_rng(0))
+            for layer in range(len(trace.layers)):
+                picked = counts_of(whole(trace), tokens, layer) > 0
+                drawn += [picked.sum(), (picked & ~there[layer]).sum()]
+        ours, recorded = 0.5 * read.sum() / read[~there].sum(), 0.5 * drawn[0] / drawn[1]
+        print(f"{n} sequences: {ours:.2f}, recorded {recorded:.2f}, published {figure:.2f}")
+        assert ours == pytest.approx(figure, rel=0.08) and ours == pytest.approx(recorded, rel=0.08)
+
+
 @dataclass(frozen=True)
 class Routing:
     model: str
@@ -90,6 +114,8 @@ def test_published_figures(routing: Routing) -> None:
         if eighths in EXCHANGES[routing.model] and changes != pytest.approx(EXCHANGES[routing.model][eighths], rel=0.25):
             wrong.append((eighths, changes, EXCHANGES[routing.model][eighths]))
     assert not wrong
+    if routing.model == "lab":
+        _check_several_sequences(shares, routing.held_out)
     # What stands in where nothing was recorded.
     assert np.mean([p.static for p in powers]) == pytest.approx(TYPICAL.static, abs=0.06)
     assert np.mean([p.adapted for p in powers]) == pytest.approx(TYPICAL.adapted, abs=0.1)

@@ -1,0 +1,226 @@
+"""Busy experts in VRAM against stock's layout in the same VRAM, and the model of speed beside both.
+
+    python tools/bench_vram.py FILE.gguf [FILE.gguf ...] --stock DIR --patched DIR [--parts 10,25,50,75,90] [--threads 16,8,4]
+        [--rounds 3] [--seconds 500] [--vram-bandwidth 2400] [--out DIR]
+
+DIR: where llama-bench lies. Files are stock GGUFs with routed experts. For each part (per cent) of the experts' bytes: stock llama.cpp
+with `--n-cpu-moe`, as many layers as leave that part in VRAM, and the patched one with LLAMA_EXPERT_VRAM; both also with nothing and with
+all in VRAM. Rounds over everything in random order until about --seconds have passed (one at least); medians count.
+
+Two points are taken to fit a hand-over and a time per byte on the CPU (stock with all layers on the CPU; busy experts at the part nearest
+to 50 %), all others are predicted from these: docs/vram.md. Tables go to the terminal and to OUT/bench_vram.md, figures to
+OUT/bench_vram.json, for each file and number of threads a machine for `rq-gguf plan --machine` to OUT/machine-FILE-THREADS.json.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rq_gguf.bench.printed import bench_speeds
+from rq_gguf.format import parse_expert_name
+from rq_gguf.gguf_file import read_headers
+
+TESTS = ("tg128", "pp512", "pp2048")
+_HITS = re.compile(r"experts in fast memory took ([\d.]+) ?% of the selections in decoding")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What of a file decides its speed."""
+
+    path: Path
+    layers: int
+    """With routed experts."""
+    used: float
+    """Part of a layer's experts that a token uses."""
+    expert_bytes: int
+    other_bytes: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    model: Model
+    threads: int
+    part: float
+    """Of the experts' bytes in VRAM."""
+    ours: bool
+
+    @property
+    def on_cpu(self) -> int:
+        """Layers, of stock's layout."""
+        return round(self.model.layers * (1 - self.part))
+
+
+@dataclass
+class Measured:
+    speeds: dict[str, list[float]] = field(default_factory=dict)
+    hits: list[float] = field(default_factory=list)
+
+    def median(self, test: str) -> float:
+        return statistics.median(self.speeds[test])
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Seconds of a token."""
+
+    base: float
+    """With all experts in VRAM."""
+    handover: float
+    """Of a layer that the CPU has a part in."""
+    layer: float
+    """That a layer's experts take longer on the CPU than on the GPU."""
+
+    def stock(self, on_cpu: int) -> float:
+        return self.base + on_cpu * (self.handover + self.layer)
+
+    def ours(self, layers: int, missed: float) -> float:
+        return self.base + layers * (self.handover + missed * self.layer)
+
+
+def fit(base: float, all_on_cpu: float, ours: float, layers: int, missed: float) -> Fit:
+    """From seconds per token: all in VRAM, stock with all layers on the CPU, busy experts in VRAM with a part `missed`."""
+    layer = (all_on_cpu - ours) / (layers * (1 - missed))
+    return Fit(base, (all_on_cpu - base) / layers - layer, layer)
+
+
+def read_model(path: Path) -> Model:
+    headers = read_headers(path)
+    arch = headers[0].get("general.architecture")
+    tensors = [t for h in headers for t in h.tensors.values()]
+    experts = [t for t in tensors if parse_expert_name(t.name) is not None]
+    layers = {parsed[0] for t in experts if (parsed := parse_expert_name(t.name)) is not None}
+    used = headers[0].integer(f"{arch}.expert_used_count", 0) / headers[0].integer(f"{arch}.expert_count", 1)
+    size = sum(t.n_bytes for t in experts)
+    return Model(path, len(layers), used, size, sum(t.n_bytes for t in tensors) - size)
+
+
+def measure(s: Setting, stock: Path, patched: Path, log: Path, into: Measured) -> None:
+    """One run of llama-bench. Raises CalledProcessError."""
+    command = [str((patched if s.ours else stock) / "llama-bench"), "-m", str(s.model.path), "-t", str(s.threads), "-ngl", "99", "-v"]
+    command += ["-p", "512,2048", "-n", "128", "-r", "2", "-o", "json"]
+    environment = dict(os.environ)
+    if not s.ours and s.on_cpu:
+        command += ["-ncmoe", str(s.on_cpu)]
+    if s.ours and s.part < 1:
+        environment["LLAMA_EXPERT_VRAM"] = f"{100 * s.part:g}%"
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+    with log.open("a", encoding="utf-8") as f:
+        f.write(f"$ {' '.join(command)}\n{done.stdout}{done.stderr}\n")
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+        raise subprocess.CalledProcessError(done.returncode, command)
+    for test, speed in bench_speeds(done.stdout).items():
+        into.speeds.setdefault(test, []).append(speed)
+    into.hits += [share for share in (float(h) / 100 for h in _HITS.findall(done.stderr)) if share > 0]
+
+
+def table(model: Model, threads: int, parts: list[float], results: dict[Setting, Measured]) -> tuple[list[str], Fit | None]:
+    """Rows by part; and the fit, where the runtime said what was hit."""
+
+    def of(part: float, ours: bool) -> Measured:
+        return results[Setting(model, threads, part, ours)]
+
+    def missed(part: float) -> float | None:
+        if part in (0, 1):
+            return 1 - part
+        return 1 - statistics.median(of(part, True).hits) if of(part, True).hits else None
+
+    inner = [p for p in parts if 0 < p < 1]
+    taken = min(inner, key=lambda p: abs(p - 0.5)) if inner else None
+    found, left = None, None if taken is None else missed(taken)
+    if taken is not None and left is not None and left < 1:
+        base, cpu, split = (1 / of(p, ours).median("tg128") for p, ours in ((1.0, False), (0.0, False), (taken, True)))
+        found = fit(base, cpu, split, model.layers, left)
+    head = ["in VRAM", "caught", *(f"{t}: stock, ours" for t in TESTS), "predicted tg128: stock, ours"]
+    lines = [f"{model.path.name}, {threads} threads", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for part in parts:
+        stock, ours, left = of(part, False), of(part, True), missed(part)
+        row = [f"{100 * part:g} %", "-" if left is None else f"{100 * (1 - left):.0f} %"]
+        row += [f"{stock.median(t):.1f}, {ours.median(t):.1f} ({ours.median(t) / stock.median(t):.2f}x)" for t in TESTS]
+        if found is None or left is None:
+            row.append("-")
+        else:
+            on_cpu = round(model.layers * (1 - part))
+            expected = 1 / found.stock(on_cpu), 1 / (found.ours(model.layers, left) if part < 1 else found.base)
+            over = [e / of_it.median("tg128") for e, of_it in zip(expected, (stock, ours), strict=True)]
+            fitted = ["fitted" if part in (0, 1) else f"{over[0]:.2f}", "fitted" if part in (taken, 1) else f"{over[1]:.2f}"]
+            row.append(", ".join(f"{e:.1f} ({f})" for e, f in zip(expected, fitted, strict=True)))
+        lines.append("| " + " | ".join(row) + " |")
+    return lines, found
+
+
+def machine(model: Model, found: Fit, vram_bandwidth: float, prompt: float, prompt_on_cpu: float) -> dict[str, float]:
+    """A file for `--machine`. prompt, prompt_on_cpu: seconds of 512 tokens with all experts in VRAM and with none.
+
+    One file cannot tell the GPU's bandwidth from its time per layer, so the bandwidth is given.
+    """
+    per_layer = model.used * model.expert_bytes / model.layers
+    weights = 2 * 512 * (model.other_bytes + model.used * model.expert_bytes)  # about one byte a weight
+    return {
+        "ram_bandwidth": per_layer / (found.layer + per_layer / vram_bandwidth),
+        "vram_bandwidth": vram_bandwidth,
+        "handover": max(found.handover, 0.0),
+        "pcie_bandwidth": model.expert_bytes / max(prompt_on_cpu - prompt, 1e-6),
+        "compute": weights / prompt,
+        "gpu_layer": max(found.base - (model.other_bytes + model.used * model.expert_bytes) / vram_bandwidth, 0.0) / model.layers,
+    }
+
+
+def main() -> None:
+    started = time.monotonic()
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("files", type=Path, nargs="+")
+    p.add_argument("--stock", type=Path, required=True)
+    p.add_argument("--patched", type=Path, required=True)
+    p.add_argument("--parts", default="10,25,50,75,90")
+    p.add_argument("--threads", default=str(os.cpu_count() or 1))
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--seconds", type=float, default=500)
+    p.add_argument("--vram-bandwidth", type=float, default=2400, help="GB/s that the GPU's weights are read at (default 2400)")
+    p.add_argument("--out", type=Path, default=Path("."))
+    args = p.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    parts = sorted({0.0, 1.0, *(float(x) / 100 for x in args.parts.split(","))})
+    models, threads = [read_model(f) for f in args.files], [int(t) for t in args.threads.split(",")]
+    settings = [Setting(m, t, part, ours) for m in models for t in threads for part in parts for ours in (False, True)]
+    results = {s: Measured() for s in settings}
+    took = 0.0
+    for done in range(args.rounds):
+        if done and time.monotonic() - started + took > args.seconds:
+            break
+        began = time.monotonic()
+        for s in random.sample(settings, len(settings)):
+            measure(s, args.stock, args.patched, args.out / "bench_vram.log", results[s])
+        took = time.monotonic() - began
+        data = [
+            {"file": s.model.path.name, "threads": s.threads, "part": s.part, "ours": s.ours, "hits": r.hits, **r.speeds}
+            for s, r in results.items()
+        ]
+        (args.out / "bench_vram.json").write_text(json.dumps(data, indent=1))
+    text = []
+    for m in models:
+        for t in threads:
+            lines, found = table(m, t, parts, results)
+            text += [*lines, ""]
+            if found is not None:
+                prompt, on_cpu = (512 / results[Setting(m, t, part, False)].median("pp512") for part in (1.0, 0.0))
+                made = machine(m, found, 1e9 * args.vram_bandwidth, prompt, on_cpu)
+                (args.out / f"machine-{m.path.stem}-{t}.json").write_text(json.dumps(made, indent=1) + "\n")
+                text += [f"hand-over {1e6 * found.handover:.0f} us, RAM {made['ram_bandwidth'] / 1e9:.1f} GB/s", ""]
+    (args.out / "bench_vram.md").write_text("\n".join(text))
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
