@@ -67,7 +67,7 @@ PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-perplexity", "test-back
 SEQUENCES = (2, 4, 8, 32)
 COPIES = (0, 4, 16)
 LADDER = ("Q8_0", "Q6_K", "Q4_K", "Q3_K")
-DECODED = 192
+DECODED = 128
 """Tokens that each sequence generates: fewer, and the start shows."""
 PROFILED = (2, 4, 8)
 OPS = "EXPERT_REMAP,EXPERT_REMAP_FUSION,MUL_MAT_TIERS,MUL_MAT_TIERS_FUSION"
