@@ -30,6 +30,12 @@ _FILE = re.compile(r"^diff --git a/(\S+) b/\S+$", re.MULTILINE)
 _HUNK = re.compile(r"Hunk #(\d+) (succeeded|FAILED|ignored|skipped) ?at (\d+)(.*)\.$")
 
 
+def _file_at(patch: Path, line: int) -> str:
+    """The file that a line of a patch belongs to."""
+    text = "".join(patch.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[:line])
+    return touched(text)[-1]
+
+
 def touched(patch: str) -> list[str]:
     """Files that a patch changes or makes."""
     return _FILE.findall(patch)
@@ -94,7 +100,7 @@ class Repository:
             if m := re.match(r"(?:checking|patching) file '?(.*?)'?$", line):
                 name = m[1]
             elif m := re.match(r"can't find file to patch at input line (\d+)", line):
-                found.append(("?", f"file is not there (line {m[1]} of the patch)"))
+                found.append((_file_at(patch, int(m[1])), "file is not there"))
             elif m := _HUNK.match(line):
                 found.append((name, f"hunk {m[1]} {m[2].lower()} at line {m[3]}{m[4]}"))
         return found

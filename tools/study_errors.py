@@ -11,7 +11,8 @@ MODEL: a Hugging Face directory that fits in memory. CALIBRATION.gguf: of `rq-gg
    predictor that held would have the same ratio to the measured figure in every row.
 2. Errors of gate and up on held-out tokens when they are quantized with error feedback, over those without, per layer and type.
 3. Errors measured on some rows of each matrix (calibration.measure.ROWS) against those on all: the relative difference per expert and type,
-   root mean square, and the KL divergence by the errors on all of a plan at Q4_K's bytes that was made from them.
+   root mean square, and the KL divergence by the errors on all of a plan at Q4_K's bytes that was made from them. The last row is what a
+   GPU would measure on all rows (calibration.on_device; on a CPU slow in types with codebooks).
 """
 
 import argparse
@@ -29,8 +30,10 @@ from torch import Tensor
 
 from rq_gguf.calibration.data import Calibration, LayerCalibration
 from rq_gguf.calibration.families import MoeBlock, decoder_layers, moe_blocks
+from rq_gguf.calibration.feedback import layer_feedback
 from rq_gguf.calibration.file import read_calibration
 from rq_gguf.calibration.measure import measure_layer
+from rq_gguf.calibration.on_device import measure_layer_there
 from rq_gguf.calibration.response import SEQUENCES, change, divergence, flip_rate
 from rq_gguf.calibration.run import SAMPLES, Observer, batches, cut, evenly, measured_tokens, sequence_length, tokenize, weights_of
 from rq_gguf.evaluation.text import mix, read_text
@@ -43,7 +46,7 @@ from rq_gguf.threads import available_threads
 
 HELD_OUT = 32768
 """Tokens of the second and third table."""
-ALL_ROWS, FEWER_ROWS = 1 << 30, (256, 128, 64)
+ALL_ROWS, FEWER_ROWS, THERE = 1 << 30, (256, 128, 64), -1
 
 
 class Study:
@@ -181,7 +184,7 @@ def errors_on(directory: Path, calibration: Calibration, text: str, ggml: Ggml) 
         for hook in hooks:
             hook.close()
     types = tuple(t for t in ("q2_k", "q4_k", "q6_k") if t in calibration.types)
-    by_rows: dict[int, list[LayerCalibration]] = {n: [] for n in (ALL_ROWS, *FEWER_ROWS)}
+    by_rows: dict[int, list[LayerCalibration]] = {n: [] for n in (ALL_ROWS, *FEWER_ROWS, THERE)}
     print(f"\nerror of gate and up with feedback over that without, {HELD_OUT} held-out tokens\n")
     print(f"| layer | {' | '.join(types)} |\n|:---|{'---:|' * len(types)}")
     for b, known in zip(blocks, calibration.layers, strict=True):
@@ -193,12 +196,15 @@ def errors_on(directory: Path, calibration: Calibration, text: str, ggml: Ggml) 
         ]
         ratios = errors[0][:, 0].sum(axis=0) / errors[1][:, 0].sum(axis=0)
         print(f"| {b.layer} | {' | '.join(f'{r:.2f}' for r in ratios)} |", flush=True)
+        feedback = layer_feedback(known)
+        options: dict[str, Any] = {"threads": available_threads(), "tick": lambda: None, "hidden": b.hidden}
         for n, layers in by_rows.items():
-            measured = measure_layer(
-                known, tokens, weights_of(b), calibration.types, ggml,
-                threads=available_threads(), tick=lambda: None, hidden=b.hidden, most_rows=n,
-            )  # fmt: skip
-            layers.append(measured)
+            if n == THERE:
+                with torch.inference_mode():
+                    made = measure_layer_there(known, tokens, b.expert, calibration.types, ggml, feedback, most_rows=ALL_ROWS, **options)
+            else:
+                made = measure_layer(known, tokens, weights_of(b), calibration.types, ggml, most_rows=n, **options)
+            layers.append(made)
     print("\nerrors measured on some rows of each matrix\n")
     print("| rows | gate and up | down | KLD of the plan |\n|---:|---:|---:|---:|")
     every = replace(calibration, layers=tuple(by_rows[ALL_ROWS]))
@@ -206,7 +212,8 @@ def errors_on(directory: Path, calibration: Calibration, text: str, ggml: Ggml) 
         pairs = list(zip(layers, every.layers, strict=True))
         off = [np.concatenate([(a.error[:, g] / b.error[:, g] - 1).ravel() for a, b in pairs]) for g in range(len(GROUPS))]
         rms = [f"{np.sqrt(np.square(x[np.isfinite(x)]).mean()):.1%}" for x in off]
-        print(f"| {'all' if n == ALL_ROWS else n} | {' | '.join(rms)} | {_kld_by(replace(calibration, layers=tuple(layers)), every):.6f} |")
+        name = {ALL_ROWS: "all", THERE: "all, as on a GPU"}.get(n, str(n))
+        print(f"| {name} | {' | '.join(rms)} | {_kld_by(replace(calibration, layers=tuple(layers)), every):.6f} |")
 
 
 def _kld_by(guess: Calibration, truth: Calibration) -> float:
