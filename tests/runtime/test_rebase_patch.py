@@ -104,3 +104,12 @@ def test_what_is_no_llama_cpp(series: Path, tool: ModuleType, monkeypatch: pytes
     for source, words in ((series / "empty", "is not a llama.cpp source tree"), (series / "text.tar.gz", "is no source package")):
         with pytest.raises(UserError, match=words):
             run(tool, monkeypatch, source, "--pinned", series / "pinned")
+
+
+def test_a_file_that_is_not_there_is_named(
+    series: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = tree(series / "older", LINES)
+    (older / "src/other.h").unlink()
+    assert run(tool, monkeypatch, older, "--pinned", series / "pinned") == 1
+    assert "src/other.h: file is not there" in capsys.readouterr().out
