@@ -188,6 +188,7 @@ class Bench:
         if "calibrate" in steps:
             options = ["--text", text, "--tokens", str(args.tokens), "--device", args.device, "--types", args.types, *limit]
             name = f"calibrate, {args.tokens} tokens" + ("" if args.device == "cpu" else f", {args.device}")
+            name += "" if args.types == ",".join(LADDER) else f", {args.types}"
             self.run(layers, name, [*ours, "calibrate", "--verbose", model, "-o", calibration, *options])
         if "convert" in steps:
             code = (
