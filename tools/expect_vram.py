@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from choose_budget import GIB, MODELS, RESERVE, Model  # noqa: E402
 
+from rq_gguf.types import LADDER  # noqa: E402
 from rq_gguf.vram.machine import MACHINES, Machine  # noqa: E402
 from rq_gguf.vram.model import uniform_experts  # noqa: E402
 from rq_gguf.vram.plans import TYPICAL, Setting, Speed, measure  # noqa: E402
@@ -86,13 +87,13 @@ def chosen() -> list[Model]:
 def machines() -> list[str]:
     """A row per machine."""
     lines = [
-        "| machine | VRAM, GB/s | RAM, GB/s | PCIe, GB/s | hand-over, us per layer | arithmetic, 10^12 per second |",
-        "|---|---|---|---|---|---|",
+        "| machine | VRAM, GB/s | RAM, GB/s | dearer for the CPU | PCIe, GB/s | hand-over, us per layer | GPU, 10^12 operations/s |",
+        "|---|---|---|---|---|---|---|",
     ]
     for m in MACHINES.values():
-        costs = "".join(f", {t} {1e-9 * m.ram_bandwidth / c:.0f}" for t, c in m.type_cost.items())
+        costs = ", ".join(f"{t} {m.type_cost[t]:.1f}x" for t in (*LADDER, "mxfp4") if m.type_cost.get(t, 1.0) >= 1.05)
         lines.append(
-            f"| `{m.name}` | {m.vram_bandwidth / 1e9:.0f} | {m.ram_bandwidth / 1e9:.0f}{costs} | {m.pcie_bandwidth / 1e9:.1f} | "
+            f"| `{m.name}` | {m.vram_bandwidth / 1e9:.0f} | {m.ram_bandwidth / 1e9:.0f} | {costs} | {m.pcie_bandwidth / 1e9:.1f} | "
             f"{m.handover * 1e6:.0f} | {m.compute / 1e12:.0f} |"
         )
     return lines

@@ -35,10 +35,25 @@ class Machine:
         return size * self.type_cost.get(type_name, 1.0) / self.ram_bandwidth
 
 
+CORE_RATES = {
+    "q1_0": 2.4, "iq1_s": 2.1, "tq1_0": 3.5, "iq1_m": 2.3, "tq2_0": 6.5, "iq2_xxs": 2.7, "q2_0": 0.5, "iq2_xs": 2.8, "iq2_s": 3.5,
+    "q2_k": 6.6, "iq3_xxs": 3.0, "q3_k": 7.1, "iq3_s": 2.8, "mxfp4": 6.3, "iq4_xs": 8.0, "nvfp4": 6.2, "q4_0": 7.6, "iq4_nl": 7.5,
+    "q4_k": 10.6, "q4_1": 8.8, "q5_0": 8.1, "q5_k": 9.8, "q5_1": 9.0, "q6_k": 13.5, "q8_0": 16.6,
+}  # fmt: skip
+"""GB of weights per second that one core gets through where memory is no limit: one of an AMD EPYC with AVX2, tools/bench_types.py."""
+
+
+def type_costs(ram_bandwidth: float, cores: float) -> dict[str, float]:
+    """`Machine.type_cost` of so many cores: types whose arithmetic takes longer than reading them. ram_bandwidth: bytes per second."""
+    costs = {name: round(ram_bandwidth / (1e9 * rate * cores), 2) for name, rate in CORE_RATES.items()}
+    return {name: cost for name, cost in costs.items() if cost > 1}
+
+
 def _example(name: str, gib: int, vram: float, ram: float, pcie: float, compute: float) -> Machine:
     """From data sheets, in GB/s and 10^12 operations per second: 0.7 of the memories' bandwidths, half of PCIe's (stock llama.cpp copies
-    from pageable memory), and the given arithmetic. Assumptions, not measurements."""
-    return Machine(name, 0.7e9 * ram, 0.7e9 * vram, 90e-6, 0.5e9 * pcie, 1e12 * compute, vram=gib * GIB)
+    from pageable memory), the given arithmetic, and a CPU of eight cores as in CORE_RATES. Assumptions, not measurements."""
+    costs = type_costs(0.7e9 * ram, 8)
+    return Machine(name, 0.7e9 * ram, 0.7e9 * vram, 90e-6, 0.5e9 * pcie, 1e12 * compute, vram=gib * GIB, type_cost=costs)
 
 
 MACHINES = {

@@ -42,7 +42,7 @@ def plans_lines(choices: list[Choice], setting: Setting, written: Plan) -> list[
     ]
     gain = "" if len(choices) > 1 else "; no other plan of its error or up to twice that is faster"
     return [
-        f"machine   {machine_text(setting.machine)}",
+        f"machine   {machine_text(setting.machine, first.plan.types)}",
         f"vram      {size_text(setting.room(first.plan.expert_bytes))} for experts; all figures of speed are predicted{gain}",
         "",
         *markdown(head, rows),
@@ -62,11 +62,12 @@ def layout_text(layout: Layout, n_layers: int, n_expert: int) -> str:
     return f"{layout.slots} of {n_expert}" + (f", {whole} whole" if layout.whole else "")
 
 
-def machine_text(m: Machine) -> str:
-    costs = ", ".join(f"{t} {c:g}x" for t, c in m.type_cost.items())
+def machine_text(m: Machine, types: tuple[str, ...]) -> str:
+    """types: those of which something is said."""
+    costs = ", ".join(f"{t} {m.type_cost[t]:.1f}x" for t in types if m.type_cost.get(t, 1.0) >= 1.05)
     return (
         f"{m.name}: RAM {m.ram_bandwidth / 1e9:.0f} GB/s, VRAM {m.vram_bandwidth / 1e9:.0f} GB/s, PCIe {m.pcie_bandwidth / 1e9:.1f} GB/s, "
-        f"{m.handover * 1e6:.0f} us hand-over per layer" + (f"; a byte costs the CPU {costs}" if costs else "")
+        f"{m.handover * 1e6:.0f} us hand-over per layer" + (f"; arithmetic makes a byte dearer: {costs}" if costs else "")
     )
 
 

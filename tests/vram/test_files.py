@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from rq_gguf.errors import UserError
+from rq_gguf.types import TYPES
 from rq_gguf.vram.files import find_machine
-from rq_gguf.vram.machine import MACHINES
+from rq_gguf.vram.machine import CORE_RATES, MACHINES, type_costs
 
 LEAST: dict[str, Any] = {"ram_bandwidth": 4e10, "vram_bandwidth": 3e11, "handover": 5e-5, "pcie_bandwidth": 1e10, "compute": 1e13}
 
@@ -58,3 +59,10 @@ def test_neither_a_file_nor_an_example(tmp_path: Path) -> None:
         find_machine("fast")
     with pytest.raises(UserError, match="cannot be read"):
         find_machine(str(tmp_path))
+
+
+def test_a_type_costs_more_where_arithmetic_is_slower_than_memory() -> None:
+    """Eight cores get through 22.4 GB/s of iq3_s and 84.8 of q4_k; the RAM gives 56."""
+    costs = type_costs(56e9, 8)
+    assert costs["iq3_s"] == 2.5 and "q4_k" not in costs and min(costs.values()) > 1
+    assert set(CORE_RATES) == set(TYPES) - {"f16", "bf16"}
