@@ -12,8 +12,9 @@ from rq_gguf.errors import UserError
 from rq_gguf.evaluation.tasks import ItemBar, default_threads, search_path
 from rq_gguf.extras import need
 from rq_gguf.inputs import gguf_of, model_directory, model_name, read_text
+from rq_gguf.progress import Bar
 from rq_gguf.runtime.tools import library_path, run_tool
-from rq_gguf.vram.hits import Hits, study_halves
+from rq_gguf.vram.hits import PARTS, Hits, study_halves
 
 
 def record_routing(model: str, out: Path, *, text: Path | None, tokens: int, device: str, max_memory: int | None) -> Trace:
@@ -58,10 +59,11 @@ def _with_llama(model: Path, text: str, tokens: int) -> Trace:
 
 def hot_experts(trace: Trace) -> list[Hits]:
     """What busy experts in VRAM would catch of a trace; nothing where it is too short to tell."""
-    try:
-        return study_halves(trace)
-    except ValueError:
-        return []
+    with Bar(total=len(PARTS), desc="counting", leave=False, disable=None, delay=1) as bar:
+        try:
+            return study_halves(trace, bar.update)
+        except ValueError:
+            return []
 
 
 def to_json(trace: Trace, out: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def main() -> None:
         plain = make_plan(c, budget="q4_k", types=LADDER, replicas=0, policy="budget", other_bytes=0, calibration_sha256="")
         for part in PARTS:
             start = time.perf_counter()
-            found = choose(c, plain, Setting(MACHINES["12gb"], part, None, Rest(int(REST), n_layers, REST), TYPICAL))
+            found = choose(c, plain, Setting(MACHINES["12gb"], Rest(int(REST), n_layers, REST), TYPICAL), part * plain.expert_bytes)
             seconds, first = time.perf_counter() - start, found[0]
             cells = []
             for factor in FACTORS:

@@ -77,7 +77,7 @@ def speed(m: Model, machine: Machine, context: int, even: bool) -> Speed | None:
     if room < 0:
         return None
     missed = Missed(1.0, 1.0) if even else TYPICAL
-    return measure(experts(m, machine, even), Setting(machine, max(room, 2.0), None, rest(m), missed), room)
+    return measure(experts(m, machine, even), Setting(machine, rest(m), missed), room)
 
 
 def chosen() -> list[Model]:

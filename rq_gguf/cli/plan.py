@@ -63,8 +63,11 @@ def plan(
         from rq_gguf.vram.make import Wanted, plan_for_machine
 
         found = plan_for_machine(calibration, out, choices, Wanted(vram, ram, machine, trace), base=base, others=others)
-        lines = verdict.plan_lines(found.written, found.remarks) + table.plans_lines(found.choices, found.setting, found.written)
-        data = verdict.plan_json(found.written, found.remarks) | {"speed": table.plans_json(found.choices, found.setting, found.written)}
+        lines = verdict.plan_lines(found.written, found.remarks) + table.plans_lines(
+            found.choices, found.setting, found.vram, found.written
+        )
+        speed = table.plans_json(found.choices, found.setting, found.vram, found.ram, found.written)
+        data = verdict.plan_json(found.written, found.remarks) | {"speed": speed}
         emit([*lines, "", f"plan      {out}"], json_file, data)
         return
     for name, value in (("--ram", ram), ("--machine", machine), ("--trace", trace)):

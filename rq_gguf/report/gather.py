@@ -180,6 +180,8 @@ class _Rates:
     """Predicts speed."""
 
     setting: Setting
+    vram: int
+    """Bytes."""
     shape: ExpertShape
     shares: Floats
     """[layers, n_expert]"""
@@ -197,8 +199,7 @@ class _Rates:
         shape = subject.shapes[0]
         active = float(len(subject.layers) * subject.n_expert_used * shape.weights)
         rest = subject.rest or Rest(0, len(subject.layers), active)
-        # More than 1: bytes.
-        return cls(Setting(machine, max(vram, 2), None, rest, TYPICAL), shape, shares_of(np.stack(subject.load)), subject.n_expert_used)
+        return cls(Setting(machine, rest, TYPICAL), vram, shape, shares_of(np.stack(subject.load)), subject.n_expert_used)
 
     def of_layers(self, name: str, kld: float | None, layers: tuple[LayerPlan, ...]) -> Rate:
         return self._of(name, kld, experts_of(layers, self.shape, self.shares, self.n_used, self.machine))
@@ -207,7 +208,7 @@ class _Rates:
         return self._of(name, kld, uniform_experts(self.shape, name, self.shares, self.n_used, self.machine))
 
     def _of(self, name: str, kld: float | None, experts: Experts) -> Rate:
-        speed = measure(experts, self.setting, self.setting.vram)
+        speed = measure(experts, self.setting, self.vram)
         return Rate(name, kld, speed.decode, speed.stock_decode)
 
 

@@ -1,5 +1,6 @@
 """What fast memory catches: the share of selections that fall on experts it holds, out of recorded routing. Pure."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,21 +78,27 @@ def _alike(chosen: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[NDArra
     return [chosen[lengths[chosen] == n] for n in np.unique(lengths[chosen])]
 
 
-def study(shares: Floats, trace: Trace, sequences: NDArray[np.int64] | None = None) -> list[Hits]:
+def study(
+    shares: Floats, trace: Trace, sequences: NDArray[np.int64] | None = None, tick: Callable[[], object] = lambda: None
+) -> list[Hits]:
     """`replay` with each of PARTS of the experts, where that is a number of its own. A text of short sequences has shorter prompts.
 
-    ValueError where no sequence has two tokens.
+    tick: called after each. ValueError where no sequence has two tokens.
     """
     n = trace.n_expert
     prompt = min(PROMPT, int(np.diff(trace.starts).max()) // 2)
     slots = sorted({round(part * n) for part in PARTS} - {0, n})
-    return [replay(shares, trace, m, prompt, sequences) for m in slots]
+    found = []
+    for m in slots:
+        found.append(replay(shares, trace, m, prompt, sequences))
+        tick()
+    return found
 
 
-def study_halves(trace: Trace) -> list[Hits]:
-    """The same without another text: the sets start from one half of the trace, the other is counted. ValueError as `study`."""
+def study_halves(trace: Trace, tick: Callable[[], object] = lambda: None) -> list[Hits]:
+    """The same without another text: the sets start from one half of the trace, the other is counted. tick, ValueError: as `study`."""
     planned, counted = halves(trace)
-    return study(shares_of(planned.selections), trace, counted.sequences)
+    return study(shares_of(planned.selections), trace, counted.sequences, tick)
 
 
 def fitted(shares: Floats, found: list[Hits]) -> Missed:

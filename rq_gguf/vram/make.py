@@ -1,6 +1,8 @@
 """`rq-gguf plan --vram`: read the calibration, plan, lay out, plan again for the machine, write the plan."""
 
 import logging
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,11 +46,15 @@ class Planned:
     written: Plan
     choices: list[Choice]
     setting: Setting
+    vram: float
+    """Bytes for experts."""
+    ram: int | None
+    """Most bytes of experts; None for no limit."""
     remarks: Remarks
 
 
-def parse_vram(text: str) -> float:
-    """Bytes of a user's `--vram`, or up to 1 for a part of the experts' bytes. Raises UserError."""
+def parse_vram(text: str) -> Callable[[int], float]:
+    """A user's `--vram`: bytes of all experts -> bytes of them that VRAM has room for. Raises UserError."""
     number = text.strip().removesuffix("%")
     if number != text.strip():
         try:
@@ -56,9 +62,9 @@ def parse_vram(text: str) -> float:
         except ValueError:
             part = -1.0
         if 0 <= part <= 1:
-            return part
+            return lambda expert_bytes: part * expert_bytes
     elif (size := parse_size(text)) is not None:
-        return max(float(size), 1.0 + 1e-9) if size else 0.0
+        return lambda expert_bytes: float(size)
     raise UserError(f"--vram {text} is not understood; give what is left for experts, such as 6GiB, or a part of them, such as 50%")
 
 
@@ -69,7 +75,7 @@ def plan_for_machine(
 
     base: the model's GGUF, for the time of what is no routed expert. Raises UserError.
     """
-    vram, ram = parse_vram(wanted.vram), None
+    room, ram = parse_vram(wanted.vram), None
     if wanted.ram is not None and (ram := parse_size(wanted.ram)) is None:
         raise UserError(f"--ram {wanted.ram} is not understood; give what the RAM has for experts, such as 24GiB")
     if choices.policy == "paper" or choices.replicas not in (AUTO, 0):
@@ -81,19 +87,19 @@ def plan_for_machine(
         raise UserError(f"--vram: {calibration} does not say how often each expert is picked (the .dat form of an imatrix has no counts)")
     if not measured.n_expert_used:
         raise UserError(f"--vram: {calibration} does not say how many experts a token takes; give the model too (--base MODEL.gguf)")
-    setting = Setting(machine, vram, ram or machine.ram or None, _rest(measured, base, other_bytes), _missed(measured, wanted.trace))
+    ram = ram if ram is not None else machine.ram or None
+    setting = Setting(machine, _rest(measured, base, other_bytes), _missed(measured, wanted.trace))
     plain = plan_measured(choices, measured, file_hash(calibration), other_bytes)
     if plain.summary["predicted_kld"] is None:
         raise UserError(f"--vram: {calibration} measured no error for some of the types; choose others with --types")
-    if setting.ram is not None and plain.expert_bytes > setting.ram:
-        raise UserError(
-            f"the experts within the budget take {plain.expert_bytes} bytes, and the RAM has {setting.ram} for them; lower --budget"
-        )
+    if ram is not None and plain.expert_bytes > ram:
+        raise UserError(f"the experts within the budget take {plain.expert_bytes} bytes, and the RAM has {ram} for them; lower --budget")
+    vram = room(plain.expert_bytes)
     with Bar(total=len(FACTORS), desc="planning", unit="plan", leave=False, disable=None, delay=1) as bar:
-        found = choose(measured, plain, setting, bar.update)
+        found = choose(measured, plain, setting, vram, math.inf if ram is None else ram, bar.update)
     written = max((c for c in found if c.kld <= found[0].kld * (1 + 1e-6)), key=lambda c: c.speed.decode).plan
     write_plan(out, written, measured)
-    return Planned(written, found, setting, remarks_on(measured, choices.types))
+    return Planned(written, found, setting, vram, ram, remarks_on(measured, choices.types))
 
 
 def _rest(c: Calibration, base: Path | None, other_bytes: int) -> Rest:

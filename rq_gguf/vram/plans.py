@@ -1,5 +1,6 @@
 """Plans for a machine: the best within the budget as planning makes it, and those that decode faster. Pure."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -82,15 +83,8 @@ class Setting:
     """The machine and what is known of model and text."""
 
     machine: Machine
-    vram: float
-    """Bytes for experts, or up to 1 as a part of the plan's expert bytes (`Setting.room`)."""
-    ram: int | None
-    """Most bytes of experts; None for no limit."""
     rest: Rest
     missed: Missed
-
-    def room(self, expert_bytes: int) -> float:
-        return self.vram * expert_bytes if self.vram <= 1 else self.vram
 
 
 def measure(experts: Experts, setting: Setting, vram: float) -> Speed:
@@ -125,15 +119,22 @@ def shares(calibration: Calibration) -> Floats:
     return shares_of(np.stack([layer.selections for layer in calibration.layers]))
 
 
-def choose(calibration: Calibration, plain: Plan, setting: Setting, tick: Callable[[], object] = lambda: None) -> list[Choice]:
+def choose(
+    calibration: Calibration,
+    plain: Plan,
+    setting: Setting,
+    vram: float,
+    ram: float = math.inf,
+    tick: Callable[[], object] = lambda: None,
+) -> list[Choice]:
     """The plain plan, and for each of FACTORS the fastest plan of that error, where it is faster by a per cent than all before it.
 
-    plain: of the policy `budget` and without copies, with a predicted KL divergence. tick: called after each of FACTORS.
+    plain: of the policy `budget` and without copies, with a predicted KL divergence.
+    vram, ram: bytes for experts. tick: called after each of FACTORS.
     """
     shape, machine = expert_shape(calibration), setting.machine
     load, n_used = shares(calibration), calibration.n_expert_used
     kld = plain.summary["predicted_kld"]
-    vram = setting.room(plain.expert_bytes)
 
     def of(name: str, plan: Plan, kld: float) -> Choice:
         experts = experts_of(plan.layers, shape, load, n_used, machine)
@@ -151,7 +152,7 @@ def choose(calibration: Calibration, plain: Plan, setting: Setting, tick: Callab
 
     layouts = _layouts(found[0].speed.layout, shape.n_expert)
     for factor in FACTORS:
-        limits = Limits(vram, np.inf if setting.ram is None else setting.ram, factor * kld)
+        limits = Limits(vram, ram, factor * kld)
         candidate = fastest(planner, machine, load_of, layouts, limits, errors)
         tick()
         if candidate is None:

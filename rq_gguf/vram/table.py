@@ -12,8 +12,8 @@ from rq_gguf.vram.plans import SEQUENCES, Choice, Setting
 from rq_gguf.vram.speed import Layout
 
 
-def plans_lines(choices: list[Choice], setting: Setting, written: Plan) -> list[str]:
-    """A table of plans, and what it rests on."""
+def plans_lines(choices: list[Choice], setting: Setting, vram: float, written: Plan) -> list[str]:
+    """A table of plans, and what it rests on. vram: bytes."""
     first = choices[0]
     head = [
         "plan",
@@ -43,7 +43,7 @@ def plans_lines(choices: list[Choice], setting: Setting, written: Plan) -> list[
     gain = "" if len(choices) > 1 else "; no other plan of its error or up to twice that is faster"
     return [
         f"machine   {machine_text(setting.machine, first.plan.types)}",
-        f"vram      {size_text(setting.room(first.plan.expert_bytes))} for experts; all figures of speed are predicted{gain}",
+        f"vram      {size_text(vram)} for experts; all figures of speed are predicted{gain}",
         "",
         *markdown(head, rows),
         "",
@@ -71,12 +71,12 @@ def machine_text(m: Machine, types: tuple[str, ...]) -> str:
     )
 
 
-def plans_json(choices: list[Choice], setting: Setting, written: Plan) -> dict[str, Any]:
+def plans_json(choices: list[Choice], setting: Setting, vram: float, ram: int | None, written: Plan) -> dict[str, Any]:
     """The same as plain data. Seconds, bytes, tokens per second; shares from 0 to 1."""
     return {
         "machine": asdict(setting.machine),
-        "vram_bytes": int(setting.room(choices[0].plan.expert_bytes)),
-        "ram_bytes": setting.ram,
+        "vram_bytes": int(vram),
+        "ram_bytes": ram,
         "missed_power": asdict(setting.missed),
         "choices": [
             {

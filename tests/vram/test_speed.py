@@ -110,9 +110,9 @@ def test_evenly_picked_experts_gain_nothing() -> None:
     shape, machine = ExpertShape(32, 2048, 1024, False), MACHINES["12gb"]
     even = uniform_experts(shape, "q4_k", np.full((8, 32), 1 / 32), 4, machine)
     rest = Rest(10**9, 8, 1e9)
-    speed = measure(even, Setting(machine, 0.5, None, rest, Missed(1.0, 1.0)), 0.5 * even.bytes.sum())
+    speed = measure(even, Setting(machine, rest, Missed(1.0, 1.0)), 0.5 * even.bytes.sum())
     assert speed.decode == speed.stock_decode and speed.layout.slots == 0  # whole layers save hand-overs
     share = 0.75 ** np.arange(32)
     skewed = uniform_experts(shape, "q4_k", np.tile(share / share.sum(), (8, 1)), 4, machine)
-    speed = measure(skewed, Setting(machine, 0.5, None, rest, TYPICAL), 0.5 * even.bytes.sum())
+    speed = measure(skewed, Setting(machine, rest, TYPICAL), 0.5 * even.bytes.sum())
     assert speed.decode > 1.2 * speed.stock_decode and speed.adapted_hits > speed.hits > 0.9
