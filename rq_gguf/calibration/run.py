@@ -74,7 +74,7 @@ def calibrate(
     model: a directory, or a hub id. Sequences of 512 tokens are taken evenly spaced over the whole text, so that a short calibration
     still sees all of it. The model runs in float32 on a CPU and in the checkpoint's own type on cuda and mps. All tokens pass one decoder
     layer before the next one is loaded, so one layer must fit in memory (see memory.room), and hidden states wait there or on disk.
-    The same text, settings and machine give the same result.
+    On a CPU the same text, settings and machine give the same result; on a GPU, which adds up in no fixed order, nearly.
     work: directory for temporary files without a name, the system's if None. max_memory: bytes, see memory.room.
     recorder: gets what the routers choose.
     Raises UserError for an unsuitable or broken model, too little text, non-finite weights or activations, an unknown device or type,
