@@ -42,7 +42,8 @@ def build(source: Path, build_dir: Path, jobs: int, log: Path) -> None:
     options = [
         "-DCMAKE_BUILD_TYPE=Release",
         "-DLLAMA_BUILD_TESTS=ON",
-        "-DLLAMA_BUILD_SERVER=OFF",
+        "-DLLAMA_BUILD_SERVER=ON",  # test-chat links it
+        "-DLLAMA_USE_PREBUILT_UI=OFF",
         "-DLLAMA_BUILD_EXAMPLES=OFF",
         "-DLLAMA_CURL=OFF",
         "-DLLAMA_OPENSSL=OFF",

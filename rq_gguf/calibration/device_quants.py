@@ -28,8 +28,10 @@ _BLOCK = 256
 _AT_ONCE = {"cpu": 1 << 20}
 _AT_ONCE_ON_DEVICE = 1 << 25
 """Weights that are worked on at a time."""
-_PAIRS = 1 << 27
-"""Distances between groups and codebook that are in memory at a time."""
+_FOURS = 1 << 20
+"""Groups of four values whose nearest point in a codebook is looked for at a time."""
+_NEAR = 16
+"""Points of a codebook that it is looked for among, the nearest to the rounded values: ggml has 6 on average, rarely more than these."""
 _TINY = 1e-15  # GROUP_MAX_EPS
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # kvalues_iq4nl
 
@@ -106,21 +108,21 @@ def _scale_and_min(x: Tensor, w: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """Sum of w (scale l + least - x)^2."""
         return scale * (scale * sum_l2 + 2 * (least * sum_l - sum_xl)) + least * (least * sum_w - 2 * sum_x) + sum_x2
 
+    # What a flat group divides by 0 is not a number, and nothing compares with that.
     scale, least = (high - low) / most, low
-    best = error(scale, least, *sums(least, _over(torch.ones_like(scale), scale)))
+    best = error(scale, least, *sums(least, 1 / scale))
     for step in range(37):
         # From the best minimum so far, as ggml does it.
-        sum_l, sum_l2, sum_xl = sums(least, _over(torch.full_like(high, -0.9 + 0.05 * step + most), high - least))
+        sum_l, sum_l2, sum_xl = sums(least, (-0.9 + 0.05 * step + most) / (high - least))
         determinant = sum_w * sum_l2 - sum_l * sum_l
-        new_scale = _over(sum_w * sum_xl - sum_x * sum_l, determinant)
-        new_least = _over(sum_l2 * sum_x - sum_l * sum_xl, determinant)
-        positive = new_least > 0
-        new_scale = torch.where(positive, _over(sum_xl, sum_l2), new_scale)
+        new_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
+        new_least = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
+        new_scale = torch.where(new_least > 0, sum_xl / sum_l2, new_scale)
         new_least = new_least.clamp(max=0)
         new = error(new_scale, new_least, sum_l, sum_l2, sum_xl)
-        better = (determinant > 0) & (new < best) & ~flat
+        better = (determinant > 0) & (new < best)
         scale, least, best = torch.where(better, new_scale, scale), torch.where(better, new_least, least), torch.where(better, new, best)
-    return torch.where(flat, 0.0, scale), -least
+    return torch.where(flat, 0.0, scale), -torch.where(flat, low, least)
 
 
 def _positive_levels(x: Tensor, w: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -138,16 +140,16 @@ def _positive_levels(x: Tensor, w: Tensor, most: int) -> tuple[Tensor, Tensor]:
         better = new < best
         inverse, best = torch.where(better, other, inverse), torch.where(better, new, best)
     level = (x * inverse).round().clamp(0, most)
-    sum_lx, sum_l2 = (w * x * level).sum(dim=0), (w * level * level).sum(dim=0)
+    wx = w * x
+    sum_lx, sum_l2 = (wx * level).sum(dim=0), (w * level * level).sum(dim=0)
     for _ in range(5):
         before = level.clone()
-        for i in range(len(x)):
-            wx, w_i, old = w[i] * x[i], w[i], level[i].clone()
-            lx, l2 = sum_lx - wx * old, sum_l2 - w_i * old * old
-            new = _over(x[i] * l2, lx).round().clamp(0, most)
-            new_lx, new_l2 = lx + wx * new, l2 + w_i * new * new
-            better = (lx > 0) & (l2 > 0) & (new != old) & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
-            level[i] = torch.where(better, new, old)
+        for x_i, w_i, wx_i, old in zip(x, w, wx, level, strict=True):
+            lx, l2 = sum_lx - wx_i * old, sum_l2 - w_i * old * old
+            new = (x_i * l2 / lx).round_().clamp_(max=most)
+            new_lx, new_l2 = lx + wx_i * new, l2 + w_i * new * new
+            better = (lx > 0) & (l2 > 0) & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
+            old.copy_(torch.where(better, new, old))
             sum_lx, sum_l2 = torch.where(better, new_lx, sum_lx), torch.where(better, new_l2, sum_l2)
         if torch.equal(before, level):
             break
@@ -187,9 +189,8 @@ def _with_min(x: Tensor, importance: Tensor, n: int, most: int, most_scale: int,
     grouped, grouped_w = _groups(x, n), _groups(w, n)
     scale, least = (_of_block(t, blocks) for t in _scale_and_min(grouped, grouped_w, most))
     sum_w = _of_block(grouped_w.sum(dim=0), blocks)
-    scales, d = _positive_levels(scale, sum_w, most_scale)
-    mins, m = _positive_levels(least, sum_w, most_scale)
-    d_group, m_group = (_half(d) * scales).reshape(-1), (_half(m) * mins).reshape(-1)
+    levels, d = _positive_levels(torch.cat([scale, least], dim=1), sum_w.repeat(1, 2), most_scale)
+    d_group, m_group = ((_half(d) * levels)[:, half].reshape(-1) for half in (slice(0, blocks), slice(blocks, None)))
     level = _over(grouped + m_group, d_group.expand_as(grouped)).round().clamp(0, most)
     return _values(d_group * level - m_group, blocks)
 
@@ -315,6 +316,7 @@ class _Codebook:
         near: [8^4, n] the points to choose from then, some of them twice."""
         self._values, self._index, self._near = values, index, near
         self._odd = _odd(values)
+        self._near_odd = self._odd[near]
 
     def odd(self, points: Tensor) -> Tensor:
         """[8, groups] points -> [32, groups] values as the search has them."""
@@ -331,14 +333,14 @@ class _Codebook:
         points = self._index[code]
         exact = points >= 0
         k, g = (~exact).nonzero(as_tuple=True)
-        for start in range(0, len(k), max(1, _PAIRS // len(self._odd))):
-            here = slice(start, start + _PAIRS // len(self._odd))
+        for start in range(0, len(k), _FOURS):
+            here = slice(start, start + _FOURS)
             some, at = (k[here], slice(None), g[here]), (k[here], g[here])
-            w, scale = weights[some], _over(torch.ones_like(inverse[g[here]]), inverse[g[here]])[:, None]
-            distance = (w * scale * scale) @ self._odd.square().T
-            distance.addmm_(w * scale * x[some], self._odd.T, alpha=-2)
-            near = self._near[code[at]]
-            points[at] = near.gather(1, distance.gather(1, near).argmin(dim=1, keepdim=True))[:, 0]
+            found = code[at]
+            distance = self._near_odd[found]
+            distance.sub_((x[some] * inverse[g[here]][:, None])[:, None]).square_().mul_(weights[some][:, None])
+            nearest = distance.sum(dim=2).argmin(dim=1, keepdim=True)
+            points[at] = self._near[found].gather(1, nearest)[:, 0]
         return points, exact
 
 
@@ -368,8 +370,7 @@ def _codebook(kind: str, ggml: Ggml) -> tuple[Array, Array, Array]:
     steps = np.diff(np.take_along_axis(distance, order, axis=1), axis=1, prepend=-1.0) > 0
     chosen = np.cumsum(steps, axis=1) <= (2 if kind == "iq3_xxs" else 3)
     chosen[index >= 0] = False
-    most = int(chosen.sum(axis=1).max())
-    return values, index, np.where(chosen, order, order[:, :1])[:, :most]
+    return values, index, np.where(chosen, order, order[:, :1])[:, :_NEAR]
 
 
 _QUANTIZERS: dict[str, Callable[[Tensor, Tensor, Ggml], Tensor]] = {

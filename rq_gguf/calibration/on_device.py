@@ -24,7 +24,7 @@ from rq_gguf.ggml import Ggml
 from rq_gguf.types import block, by_stored_type, fallback
 
 MATRICES = ("gate", "up", "down")
-_AT_ONCE = 1 << 26
+_AT_ONCE = 1 << 27
 """Weights of a matrix, in float32, that are worked on at a time."""
 
 
