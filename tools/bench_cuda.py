@@ -398,13 +398,13 @@ def experts_times(csv_text: str, shape: Shape, evaluations: int) -> list[tuple[f
     Counted are launches that have a row of blocks for each expert used.
     """
     experts = [launch for launch in launches(csv_text) if launch.grid[1] == shape.n_used]
-    down_blocks = (max if shape.n_embd > shape.n_ff else min)(launch.grid[0] for launch in experts)
-    ends = [i + 1 for i, launch in enumerate(experts) if launch.grid[0] == down_blocks]
+    is_down = [(launch.kernel, launch.grid[0]) == (experts[-1].kernel, experts[-1].grid[0]) for launch in experts]  # a layer's last
+    ends = [i + 1 for i, down in enumerate(is_down) if down]
     n = evaluations * shape.n_layer
     bounds = [0, *ends][-len(PROFILED) * n - 1 :: n]
     times = []
     for first, last in itertools.pairwise(bounds):
-        down = sum(launch.us for launch in experts[first:last] if launch.grid[0] == down_blocks)
+        down = sum(launch.us for launch, d in zip(experts[first:last], is_down[first:last], strict=True) if d)
         times.append(((sum(launch.us for launch in experts[first:last]) - down) / n, down / n))
     return times
 
