@@ -38,7 +38,7 @@ class Job:
     """libllama.so"""
     model: Path
     steps: Sequence[Step]
-    overrides: dict[str, str | int] = field(default_factory=dict)
+    overrides: dict[str, str | int | bool] = field(default_factory=dict)
     """As --override-kv."""
     n_ctx: int = 1024
     n_ubatch: int = 512
@@ -48,6 +48,8 @@ class Job:
     repack: bool = True
     precise: bool = False
     """Keys and values in F32, no flash attention."""
+    servers: Sequence[str] = ()
+    """HOST:PORT of RPC servers: all layers go to them."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Result:
     """[n_tokens, n_vocab]"""
     captured: list[dict[str, NDArray[np.int32]]]
     """Node name with its layer, such as ffn_moe_topk-0 -> ids [.., n_tokens, n_used]; empty without `capture`."""
+    log: str = ""
+    """What llama.cpp printed."""
 
 
 def run(job: Job, work: Path, env: dict[str, str] | None = None) -> Result:
@@ -76,7 +80,7 @@ def run(job: Job, work: Path, env: dict[str, str] | None = None) -> Result:
             i, name = key.split(" ", 1) if key[0].isdigit() else ("", "")
             if i:
                 captured[int(i)][name] = data[key]
-    return Result(logits, captured)
+    return Result(logits, captured, done.stderr)
 
 
 def prompt(tokens: Sequence[int], sequence: int = 0, start: int = 0) -> Step:
@@ -157,7 +161,7 @@ class _Tensor(ctypes.Structure):
 
 _EvalCallback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.POINTER(_Tensor), ctypes.c_bool, ctypes.c_void_p)
 _LOAD_MODES = {False: b"none", True: b"mmap"}
-_OVERRIDE_TAGS = {int: 0, str: 3}
+_OVERRIDE_TAGS = {int: 0, bool: 2, str: 3}
 
 
 class Llama:
@@ -166,7 +170,8 @@ class Llama:
     def __init__(self, job: Job) -> None:
         """Raises RuntimeError where llama.cpp refuses the model."""
         self._lib = lib = ctypes.CDLL(str(job.library), mode=ctypes.RTLD_GLOBAL)
-        base = ctypes.CDLL(str(Path(job.library).with_name("libggml-base.so")))
+        self._folder = Path(job.library).parent
+        base = ctypes.CDLL(str(self._folder / "libggml-base.so"))
         self._name, self._get = base.ggml_get_name, base.ggml_backend_tensor_get
         self._name.restype, self._name.argtypes = ctypes.c_char_p, [ctypes.POINTER(_Tensor)]
         self._get.restype, self._get.argtypes = None, [ctypes.POINTER(_Tensor), ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
@@ -192,12 +197,16 @@ class Llama:
             entry.key, entry.tag = key.encode(), _OVERRIDE_TAGS[type(value)]
             if isinstance(value, str):
                 entry.value.str = value.encode()
+            elif isinstance(value, bool):
+                entry.value.bool = value
             else:
                 entry.value.i64 = value
         params = lib.llama_model_default_params()
         params.load_mode = lib.llama_load_mode_from_str(_LOAD_MODES[job.mmap])
         params.use_extra_bufts = job.repack
-        params.n_gpu_layers = 0
+        for server in job.servers:
+            self._add_server(server)
+        params.n_gpu_layers = 999 if job.servers else 0
         params.kv_overrides = self._overrides
         self._context = None
         self._model = lib.llama_model_load_from_file(str(job.model).encode(), params)
@@ -218,6 +227,15 @@ class Llama:
         self._context = lib.llama_init_from_model(self._model, context)
         if not self._context:
             raise RuntimeError(f"llama.cpp made no context for {job.model}")
+
+    def _add_server(self, endpoint: str) -> None:
+        base, rpc = (ctypes.CDLL(str(self._folder / f"libggml{part}.so"), mode=ctypes.RTLD_GLOBAL) for part in ("", "-rpc"))
+        rpc.ggml_backend_rpc_add_server.restype, rpc.ggml_backend_rpc_add_server.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+        base.ggml_backend_register.restype, base.ggml_backend_register.argtypes = None, [ctypes.c_void_p]
+        registry = rpc.ggml_backend_rpc_add_server(endpoint.encode())
+        if not registry:
+            raise RuntimeError(f"no RPC server at {endpoint}")
+        base.ggml_backend_register(registry)
 
     def __enter__(self) -> "Llama":
         return self

@@ -1,0 +1,107 @@
+"""A server on this machine as a second device, and what llama.cpp gives with some of the experts on it."""
+
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden.llama_lib import Job, Result, Step, prompt, run
+from numpy.typing import NDArray
+
+from rq_gguf.runtime.tools import run_tool
+
+HITS = re.compile(r"fast memory took ([0-9.]+|-)(?: %)? of the selections in decoding, ([0-9.]+|-)(?: %)? in prompts; (\d+) exchanged")
+
+
+@dataclass(frozen=True)
+class Hits:
+    """What a context says when it ends."""
+
+    decoding: float
+    """Per cent; nan if there was nothing to count."""
+    prompts: float
+    exchanged: int
+
+
+def hits(result: Result) -> Hits:
+    """Raises AssertionError if the log does not say."""
+    found = HITS.findall(result.log)
+    assert len(found) == 1, result.log[-3000:]
+    decoding, prompts, exchanged = found[0]
+    return Hits(*(float("nan") if share == "-" else float(share) for share in (decoding, prompts)), int(exchanged))
+
+
+def divergence(a: Sequence[NDArray[np.float32]], b: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+    """KL divergence of each token's distribution, [n_tokens]."""
+
+    def log_softmax(x: NDArray[np.float32]) -> NDArray[np.float64]:
+        wide = x.astype(np.float64)
+        shifted: NDArray[np.float64] = wide - np.logaddexp.reduce(wide, -1, keepdims=True)
+        return shifted
+
+    pairs = [(log_softmax(x), log_softmax(y)) for x, y in zip(a, b, strict=True)]
+    return np.concatenate([(np.exp(x) * (x - y)).sum(-1) for x, y in pairs])
+
+
+def reading(tokens: Sequence[int], n_prompt: int) -> list[Step]:
+    """A prompt, then its continuation token by token."""
+    return [prompt(tokens[:n_prompt]), *(Step((t,), (n_prompt + i,), (0,)) for i, t in enumerate(tokens[n_prompt:]))]
+
+
+@pytest.fixture(scope="session")
+def server(runtime: Path) -> Iterator[str]:
+    """HOST:PORT of a device that computes on this machine's CPU."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [runtime / "ggml-rpc-server", "-H", "127.0.0.1", "-p", str(port), "-t", "1"]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(200):
+            assert process.poll() is None
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+Reader = Callable[..., Result]
+
+
+@pytest.fixture
+def read(runtime: Path, server: str, tmp_path: Path) -> Reader:
+    """Steps on a file with all layers on the server: read(model, steps, options...); options as --override-kv."""
+
+    def made(model: Path, steps: Sequence[Step], overrides: dict[str, str | int | bool] | None = None, **options: bool) -> Result:
+        job = Job(runtime / "libllama.so", model, steps, overrides or {}, threads=1, servers=(server,), **options)  # type: ignore[arg-type]
+        return run(job, tmp_path)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def stock_demo(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What llama-quantize makes of the demo model."""
+    path = tmp_path_factory.mktemp("hot") / "stock.gguf"
+    run_tool(["llama-quantize", "--tensor-type", "_exps=q4_K", demo_base, path, "Q8_0", "2"])
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokens(demo_model: Path) -> list[int]:
+    """English, as the demo model's vocabulary splits it."""
+    import sentencepiece
+
+    vocabulary = sentencepiece.SentencePieceProcessor(str(demo_model / "tokenizer.model"))
+    text = (Path(__file__).resolve().parents[2] / "rq_gguf" / "data" / "heldout.txt").read_text(encoding="utf-8")
+    return [1, *vocabulary.encode(text[:4000])]
