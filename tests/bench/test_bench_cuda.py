@@ -1,12 +1,9 @@
 """What tools/bench_cuda.py makes of the profiler's output."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from tool_modules import load_tool
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import bench_cuda
+bench_cuda = load_tool("bench_cuda")
 
 
 def csv_line(*fields: str) -> str:

@@ -1,25 +1,20 @@
 """docs/choosing.md: its tables are what the tool computes, and the tool's shapes are the published models'."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tool_modules import TOOLS, load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools" / "choose_budget.py"
+TOOL = TOOLS / "choose_budget.py"
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("choose_budget", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("choose_budget")
 
 
 def test_parameters_are_the_published_ones(tool: ModuleType) -> None:

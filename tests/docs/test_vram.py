@@ -1,25 +1,20 @@
 """docs/vram.md: its tables are what the tool computes, and the model of speed is near what was measured."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tool_modules import TOOLS, load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools" / "expect_vram.py"
+TOOL = TOOLS / "expect_vram.py"
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("expect_vram", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("expect_vram")
 
 
 def test_predictions_are_within_15_per_cent_of_what_was_measured(tool: ModuleType) -> None:

@@ -1,6 +1,5 @@
 """tools/rebase_patch.py on trees of a few lines: what fits, what moved, what git merges, what needs a hand."""
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -8,11 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tool_modules import load_tool
 
 from rq_gguf.errors import UserError
 from rq_gguf.runtime.patch import read_series
 
-ROOT = Path(__file__).resolve().parents[2]
 GRAPH = "src/llama-graph.cpp"  # what a llama.cpp is known by
 LINES = [f"line {i}\n" for i in range(40)]
 
@@ -21,11 +20,7 @@ LINES = [f"line {i}\n" for i in range(40)]
 def tool() -> ModuleType:
     if shutil.which("patch") is None or shutil.which("git") is None:
         pytest.skip("git and patch are needed")
-    spec = importlib.util.spec_from_file_location("rebase_patch", ROOT / "tools" / "rebase_patch.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("rebase_patch")
 
 
 def tree(root: Path, lines: list[str], other: str = "same\n") -> Path:

@@ -1,6 +1,5 @@
 """tools/bench_vram.py: what it makes of figures, with a program in llama-bench's place."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,20 +7,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tool_modules import TOOLS, load_tool
 from writing.samples import base_model
 
-ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools" / "bench_vram.py"
+TOOL = TOOLS / "bench_vram.py"
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_vram", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("bench_vram")
 
 
 def test_a_fit_by_hand(tool: ModuleType) -> None:
