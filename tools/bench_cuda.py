@@ -67,8 +67,8 @@ PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-perplexity", "test-back
 SEQUENCES = (2, 4, 8, 32)
 COPIES = (0, 4, 16)
 LADDER = ("Q8_0", "Q6_K", "Q4_K", "Q3_K")
-DECODED = 128
-"""Tokens that each sequence generates: fewer, and the start shows."""
+PROMPT, DECODED = 16, 128
+"""Tokens of each sequence with llama-batched-bench; with fewer generated the start shows."""
 PROFILED = (2, 4, 8)
 OPS = "EXPERT_REMAP,EXPERT_REMAP_FUSION,MUL_MAT_TIERS,MUL_MAT_TIERS_FUSION"
 STOCK_OPS = "TOPK_MOE,MUL_MAT_ID,MUL_MAT_ID_FUSION"
@@ -443,15 +443,31 @@ def shares(v: Variant, work: Path, out: Path) -> dict[str, float]:
     return {t: n / sum(served.values()) for t, n in served.items()}
 
 
+def file_speeds(
+    programs: Path,
+    file: Path,
+    log: Path,
+    repetitions: int,
+    sequences: Sequence[int],
+    *,
+    bench: Sequence[str] = (),
+    batched: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+) -> dict[str, float]:
+    """Tokens per second by test, of prompts and decode with numbers of sequences. bench, batched: further options of the two programs."""
+    common: list[str | Path] = ["-m", file, "-ngl", "99"]
+    options = ["-p", "512,2048", "-n", "128", "-r", str(repetitions), "-o", "json"]
+    speeds = bench_speeds(run([programs / "llama-bench", *common, *options, *bench], log, env=env))
+    options = ["-c", str(max(sequences) * (PROMPT + DECODED)), "-npp", str(PROMPT), "-ntg", f"{DECODED},1"]
+    options += ["-npl", ",".join(map(str, sequences)), "--output-format", "jsonl"]
+    printed = run([programs / "llama-batched-bench", *common, *options, *batched], log, env=env)
+    return speeds | {f"{n} seq": speed for n, speed in batched_speeds(printed).items()}
+
+
 def bench_once(v: Variant, build_name: str, work: Path, out: Path, repetitions: int, gpu: int) -> dict[str, float]:
     """Tokens per second by test."""
-    programs, log, env = work / f"bin-{build_name}", out / f"bench-{gpu}.log", {"CUDA_VISIBLE_DEVICES": str(gpu)}
-    common: list[str | Path] = ["-m", file_of(v, work), "-ngl", "99"]
-    printed = run([programs / "llama-bench", *common, "-p", "512,2048", "-n", "128", "-r", str(repetitions), "-o", "json"], log, env=env)
-    speeds = bench_speeds(printed)
-    options = ["-c", str(max(SEQUENCES) * (16 + DECODED)), "-npp", "16", "-ntg", f"{DECODED},1", "-npl", ",".join(map(str, SEQUENCES))]
-    printed = run([programs / "llama-batched-bench", *common, *options, "--output-format", "jsonl"], log, env=env)
-    return speeds | {f"{n} seq": speed for n, speed in batched_speeds(printed).items()}
+    env = {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    return file_speeds(work / f"bin-{build_name}", file_of(v, work), out / f"bench-{gpu}.log", repetitions, SEQUENCES, env=env)
 
 
 def expected(v: Variant, test: str, results: Mapping[str, Measured]) -> float:

@@ -28,16 +28,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench_cuda import SHAPES, Measured, Shape, Variant, expected, file_of, key, make_files, run, shares, variants
+from bench_cuda import SHAPES, Measured, Shape, Variant, expected, file_of, file_speeds, key, make_files, shares, variants
 from check_cuda import Programs
-
-from rq_gguf.bench.printed import batched_speeds, bench_speeds
 
 SEQUENCES = (2, 8, 32, 128)
 MIXES = ("half Q8_0, half Q4_K", "ladder of four")
 COPIES = (0, 4)
-PROMPT, DECODED = 16, 128
-"""Tokens of each sequence with llama-batched-bench."""
 BATCHES: dict[str, list[str]] = {"prompts": [], **{f"decode of {n}": ["-b", str(n), "-ub", str(n)] for n in (1, 4, 8)}}
 REFUSAL = "split mode 'tensor' does not support experts in tiers"
 LONGEST = 90
@@ -98,14 +94,8 @@ def check_rows(file: Path, text: Path, chunks: int, work: Path, out: Path, place
 
 def bench_once(v: Variant, work: Path, log: Path, repetitions: int, place: Place) -> dict[str, float]:
     """Tokens per second by test."""
-    programs = work / f"bin-{v.build}"
-    common = ["-m", str(file_of(v, work)), "-ngl", "99"]
-    options = ["-p", "512,2048", "-n", "128", "-r", str(repetitions), "-o", "json"]
-    speeds = bench_speeds(run([programs / "llama-bench", *common, *options, *place.options("/")], log))
-    options = ["-c", str(max(SEQUENCES) * (PROMPT + DECODED)), "-npp", str(PROMPT), "-ntg", f"{DECODED},1"]
-    options += ["-npl", ",".join(map(str, SEQUENCES)), "--output-format", "jsonl"]
-    printed = run([programs / "llama-batched-bench", *common, *options, *place.options()], log)
-    return speeds | {f"{n} seq": speed for n, speed in batched_speeds(printed).items()}
+    options = {"bench": place.options("/"), "batched": place.options()}
+    return file_speeds(work / f"bin-{v.build}", file_of(v, work), log, repetitions, SEQUENCES, **options)
 
 
 def table(wanted: Sequence[Variant], results: dict[str, Measured]) -> str:
