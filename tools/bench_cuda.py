@@ -18,7 +18,8 @@ profile   time of each kernel in a prompt of 512 tokens and in decode, by Nsight
 experts   the same of the experts' kernels alone in decode of 2 to 8 sequences
 bench     rounds over all files in random order; llama-bench for tg128, pp512 and pp2048, llama-batched-bench for decode of 2 to 32
           sequences. A file's ratio is its speed over that of stock files whose times are weighted by the share of expert selections that
-          each type serves (counted by the patched llama.cpp). Medians over the rounds. With `--gpus N` that many rounds run at a time.
+          each type serves (counted by the patched llama.cpp). Medians over the rounds, a ratio's standard error by bootstrap. With
+          `--gpus N` that many rounds run at a time.
 Everything measured goes to OUT/bench_cuda.json, the tables to the terminal, OUT/bench_cuda.md and OUT/profile.md.
 """
 
@@ -72,6 +73,7 @@ PROMPT, DECODED = 16, 128
 PROFILED = (2, 4, 8)
 OPS = "EXPERT_REMAP,EXPERT_REMAP_FUSION,MUL_MAT_TIERS,MUL_MAT_TIERS_FUSION"
 STOCK_OPS = "TOPK_MOE,MUL_MAT_ID,MUL_MAT_ID_FUSION"
+RESAMPLED, DRAWS = 2000, np.random.default_rng(0)
 SANITIZED = 12
 """Every so manieth case goes through compute-sanitizer."""
 SCALES = {
@@ -470,11 +472,26 @@ def bench_once(v: Variant, build_name: str, work: Path, out: Path, repetitions: 
     return file_speeds(work / f"bin-{build_name}", file_of(v, work), out / f"bench-{gpu}.log", repetitions, SEQUENCES, env=env)
 
 
-def expected(v: Variant, test: str, results: Mapping[str, Measured]) -> float:
-    """Speed that stock files give, their times weighted by the shares, or the rival's."""
+def medians(samples: Sequence[float]) -> NDArray[np.float64]:
+    """The median, and after it those of RESAMPLED draws from the samples with replacement. Shape: [1 + RESAMPLED]."""
+    drawn = DRAWS.choice(np.asarray(samples), (RESAMPLED, len(samples)))
+    return np.concatenate([[np.median(samples)], np.median(drawn, axis=1)])
+
+
+def expected(v: Variant, test: str, results: Mapping[str, Measured]) -> NDArray[np.float64]:
+    """Speed that stock files give, their times weighted by the shares, or the rival's. Shape: as `medians`."""
     if v.rival:
-        return statistics.median(results[f"stock {v.rival}"].samples[test])
-    return 1 / sum(share / statistics.median(results[f"stock {t}"].samples[test]) for t, share in results[key(v)].shares.items())
+        return medians(results[f"stock {v.rival}"].samples[test])
+    if not v.tiered:
+        return medians(results[key(v)].samples[test])
+    times = [share / medians(results[f"stock {t}"].samples[test]) for t, share in results[key(v)].shares.items()]
+    return np.asarray(1 / np.sum(times, axis=0))
+
+
+def ratio(samples: Sequence[float], rival: NDArray[np.float64]) -> str:
+    """Of medians, and its standard error."""
+    ratios = medians(samples) / rival
+    return f"{ratios[0]:.3f} ± {np.std(ratios[1:]):.3f}" if len(samples) > 1 else f"{ratios[0]:.3f}"
 
 
 def key(v: Variant) -> str:
@@ -488,13 +505,12 @@ def table(wanted: Sequence[Variant], results: Mapping[str, Measured]) -> str:
         r = results[key(v)]
         cells = []
         for test in tests:
-            median = statistics.median(r.samples[test])
-            cells.append(f"{median:.0f}" + (f" ({median / expected(v, test, results):.3f})" if v.tiered else ""))
+            told = f" ({ratio(r.samples[test], expected(v, test, results))})" if v.tiered else ""
+            cells.append(f"{statistics.median(r.samples[test]):.0f}{told}")
         rows.append([key(v), *cells])
         same = results.get(f"{v.name}, patched build")
         if same:
-            ratios = [statistics.median(same.samples[t]) / statistics.median(r.samples[t]) for t in tests]
-            rows.append([f"{v.name}, patched build", *(f"({x:.3f})" for x in ratios)])
+            rows.append([f"{v.name}, patched build", *(f"({ratio(same.samples[t], expected(v, t, results))})" for t in tests)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

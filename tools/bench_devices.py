@@ -104,7 +104,7 @@ def table(wanted: Sequence[Variant], results: dict[str, Measured]) -> str:
     rows = [["file", *tests], ["---", *["---:"] * len(tests)]]
     for v in wanted:
         medians = {test: statistics.median(results[key(v)].samples[test]) for test in tests}
-        ratios = {test: f" ({medians[test] / expected(v, test, results):.3f})" if v.tiered else "" for test in tests}
+        ratios = {test: f" ({medians[test] / expected(v, test, results)[0]:.3f})" if v.tiered else "" for test in tests}
         rows.append([key(v), *(f"{medians[test]:.0f}{ratios[test]}" for test in tests)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

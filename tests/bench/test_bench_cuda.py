@@ -1,5 +1,6 @@
 """What tools/bench_cuda.py makes of the profiler's output."""
 
+import numpy as np
 import pytest
 from tool_modules import load_tool
 
@@ -24,3 +25,19 @@ def test_times_of_experts_by_number_of_sequences(gate_up: str, blocks: int) -> N
 
     assert bench_cuda.experts_times(printed, shape, 2) == [(n, 3 * n) for n in bench_cuda.PROFILED]
     assert bench_cuda.kernel_times(printed)[gate_up][0] == 2.0
+
+
+def test_ratios_with_their_error() -> None:
+    """Half the selections at 100 and half at 50 tokens per second make 66.7; the error falls with the number of samples."""
+    stock = [bench_cuda.Variant(f"stock {t}", (t,), tiered=False) for t in ("Q8_0", "Q4_K")]
+    half = bench_cuda.Variant("half", ("Q8_0", "Q4_K"))
+    samples = {"stock Q8_0": [100.0] * 5, "stock Q4_K": [50.0] * 5, bench_cuda.key(half): [60.0] * 5}
+    results = {name: bench_cuda.Measured({}, {"tg128": values}) for name, values in samples.items()}
+    results[bench_cuda.key(half)].shares = {"Q8_0": 0.5, "Q4_K": 0.5}
+    assert bench_cuda.expected(half, "tg128", results)[0] == pytest.approx(200 / 3)
+    assert bench_cuda.ratio(samples[bench_cuda.key(half)], bench_cuda.expected(half, "tg128", results)) == "0.900 ± 0.000"
+    assert bench_cuda.ratio([50.0], bench_cuda.expected(stock[1], "tg128", results)) == "1.000"
+
+    random = np.random.default_rng(1)
+    errors = [np.std(bench_cuda.medians(random.normal(100, 5, n))[1:]) for n in (5, 50)]
+    assert errors[1] < errors[0] / 2 and errors[1] == pytest.approx(1.25 * 5 / 50**0.5, rel=0.5)
