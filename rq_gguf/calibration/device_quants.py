@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rq_gguf.calibration.recorded import Recorded
 from rq_gguf.ggml import Ggml
 from rq_gguf.types import block, row_bytes
 
@@ -26,8 +27,11 @@ SUPPORTED = frozenset(("q2_k", "iq3_xxs", "q3_k", "iq3_s", "iq4_xs", "q4_k", "q5
 
 _BLOCK = 256
 _AT_ONCE = {"cpu": 1 << 20}
-_AT_ONCE_ON_DEVICE = 1 << 25
+_AT_ONCE_ON_DEVICE = 1 << 23
 """Weights that are worked on at a time."""
+_RECORDED = Recorded()
+_MANY_LAUNCHES = frozenset(("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k"))
+"""Types whose quantizers launch 500 to 4000 kernels and take the same way for all values."""
 _FOURS = 1 << 20
 """Groups of four values whose nearest point in a codebook is looked for at a time."""
 _NEAR = 16
@@ -51,10 +55,15 @@ def dequantized(kind: str, x: Tensor, importance: Tensor, ggml: Ggml) -> Tensor:
     weights = importance.reshape(-1, size)  # a copy where it was expanded
     made = torch.empty(rows.shape, dtype=torch.float32, device=x.device)
     step = max(1, _AT_ONCE.get(x.device.type, _AT_ONCE_ON_DEVICE) // size)
-    quantizer = _QUANTIZERS[kind]
+
+    def quantizer(some: Tensor, of: Tensor) -> Tensor:
+        return _QUANTIZERS[kind](some, of, ggml)
+
     for start in range(0, len(rows), step):
         here = slice(start, start + step)
-        made[here] = quantizer(rows[here].float().T.contiguous(), weights[here].float().T.contiguous(), ggml).T
+        inputs = rows[here].float().T.contiguous(), weights[here].float().T.contiguous()
+        again = x.is_cuda and kind in _MANY_LAUNCHES
+        made[here] = (_RECORDED.call(kind, quantizer, *inputs) if again else quantizer(*inputs)).T
     return made.reshape(x.shape)
 
 
@@ -151,7 +160,7 @@ def _positive_levels(x: Tensor, w: Tensor, most: int) -> tuple[Tensor, Tensor]:
             better = (lx > 0) & (l2 > 0) & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
             old.copy_(torch.where(better, new, old))
             sum_lx, sum_l2 = torch.where(better, new_lx, sum_lx), torch.where(better, new_l2, sum_l2)
-        if torch.equal(before, level):
+        if x.device.type == "cpu" and torch.equal(before, level):  # a GPU would have to be waited for
             break
     usable = largest >= _TINY
     return torch.where(usable, level, 0.0), torch.where(usable, _over(sum_lx, sum_l2), 0.0)
@@ -232,7 +241,7 @@ def _q8_0(x: Tensor, _: Tensor, __: Ggml) -> Tensor:
 
 def _iq4_xs(x: Tensor, importance: Tensor, _: Ggml) -> Tensor:
     blocks = x.shape[1]
-    values = torch.tensor(_IQ4, dtype=torch.float32, device=x.device)
+    values = _iq4_values(x.device)
     between = (values[1:] + values[:-1]) / 2
     grouped, w = _groups(x, 32), _groups(_weighted(x, importance, 2.0), 32)
     wx = w * grouped
@@ -253,6 +262,11 @@ def _iq4_xs(x: Tensor, importance: Tensor, _: Ggml) -> Tensor:
     level = _over(of_block, d.expand_as(of_block)).round().clamp(-32, 31)
     q = nearest(_over(torch.ones_like(largest), (d * level).reshape(-1)))
     return _values((_half(d) * level).reshape(-1) * q, blocks)
+
+
+@cache
+def _iq4_values(device: torch.device) -> Tensor:
+    return torch.tensor(_IQ4, dtype=torch.float32, device=device)
 
 
 def _iq3_xxs(x: Tensor, importance: Tensor, ggml: Ggml) -> Tensor:

@@ -52,6 +52,21 @@ def test_weights_come_back_as_from_ggml(kind: str, distribution: str, ggml: Ggml
     assert half.dtype == torch.float32 and half.shape == w.shape
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device: recorded launches are not replayed here")
+@pytest.mark.parametrize("kind", sorted(SUPPORTED))
+def test_on_a_gpu_recorded_or_not(kind: str, ggml: Ggml) -> None:
+    """The first call of a shape runs as usual, the next ones are replayed; other values come in between."""
+    importance = torch.from_numpy(IMPORTANCE).cuda()
+    given = [torch.from_numpy(np.tile(weights(name), (64, 1))).cuda() for name in ("normal", "heavy tails", "shifted", "zeros")]
+    on_cpu = [dequantized(kind, x.cpu(), importance.cpu(), ggml) for x in given]
+    for x, expected in zip(given * 2, on_cpu * 2, strict=True):
+        made = dequantized(kind, x, importance, ggml).cpu()
+        errors = [(importance.cpu() * (back - x.cpu()).double().square()).sum().item() for back in (made, expected)]
+        assert errors[0] == pytest.approx(errors[1], rel=0.01, abs=1e-12)
+        assert torch.isclose(made, expected, rtol=1e-4, atol=1e-9).double().mean() > 0.9
+        assert torch.equal(made, dequantized(kind, x, importance, ggml).cpu())
+
+
 def test_every_type_of_the_ladder_is_known() -> None:
     assert set(LADDER) <= SUPPORTED
 
