@@ -8,7 +8,8 @@ with `--n-cpu-moe`, as many layers as leave that part in VRAM, and the patched o
 all in VRAM. Rounds over everything in random order until about --seconds have passed (one at least); medians count.
 
 Two points are taken to fit a hand-over and a time per byte on the CPU (stock with all layers on the CPU; busy experts at the part nearest
-to 50 %), all others are predicted from these: docs/vram.md. Tables go to the terminal and to OUT/bench_vram.md, figures to
+to 50 %), all others are predicted from these: docs/vram.md. Beside that stands what follows from the speeds that the runtime measured when
+it loaded the model, with the layout that it chose and what was caught. Tables go to the terminal and to OUT/bench_vram.md, figures to
 OUT/bench_vram.json, for each file and number of threads a machine for `rq-gguf plan --machine` to OUT/machine-FILE-THREADS.json.
 """
 
@@ -21,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,6 +33,9 @@ from rq_gguf.gguf_file import read_headers
 
 TESTS = ("tg128", "pp512", "pp2048")
 _HITS = re.compile(r"experts in fast memory took ([\d.]+) ?% of the selections in decoding")
+_SPEEDS = re.compile(r"llama_hot: \S+: ram=([^,]+),vram=([^,]+),handover=([^,]+),layer=([^,\s]+)")
+_SPLIT = re.compile(r"experts in fast memory: \d+(?: to \d+)? of \d+ in each of (\d+) layers")
+_WHOLE = re.compile(r"experts in fast memory: all in (\d+) layers, none")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,44 @@ class Model:
     """Part of a layer's experts that a token uses."""
     expert_bytes: int
     other_bytes: int
+    read_bytes: int
+    """Of the others, what a token reads: of the embeddings one row."""
+    blocks: int
+    """Layers, those without experts too."""
+
+    @property
+    def layer_bytes(self) -> float:
+        """Of a layer's experts, that a token reads."""
+        return self.used * self.expert_bytes / self.layers
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What the runtime measured: bytes per second, seconds per layer."""
+
+    ram: float
+    vram: float
+    handover: float
+    layer: float
+
+    def __str__(self) -> str:
+        each = f"hand-over {1e6 * self.handover:.0f} us, {1e6 * self.layer:.0f} us for any layer"
+        return f"RAM {self.ram / 1e9:.1f} GB/s, VRAM {self.vram / 1e9:.0f} GB/s, {each}"
+
+    def decode(self, model: Model, split: int, whole: int, caught: float) -> float:
+        """Tokens per second with the experts of `whole` layers in VRAM and of `split` layers a part `caught`; all others in RAM."""
+        on_cpu = model.layers - split - whole
+        in_vram, missed = whole + split * caught, on_cpu + split * (1 - caught)
+        experts = model.layer_bytes * (in_vram / self.vram + missed / self.ram) + (split + on_cpu) * self.handover
+        return 1 / (model.read_bytes / self.vram + model.blocks * self.layer + experts)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Layers by what the runtime chose."""
+
+    split: int
+    whole: int
 
 
 @dataclass(frozen=True)
@@ -65,6 +107,8 @@ class Setting:
 class Measured:
     speeds: dict[str, list[float]] = field(default_factory=dict)
     hits: list[float] = field(default_factory=list)
+    found: list[Speeds] = field(default_factory=list)
+    placed: list[Placed] = field(default_factory=list)
 
     def median(self, test: str) -> float:
         return statistics.median(self.speeds[test])
@@ -101,15 +145,17 @@ def read_model(path: Path) -> Model:
     experts = [t for t in tensors if parse_expert_name(t.name) is not None]
     layers = {parsed[0] for t in experts if (parsed := parse_expert_name(t.name)) is not None}
     used = headers[0].integer(f"{arch}.expert_used_count", 0) / headers[0].integer(f"{arch}.expert_count", 1)
-    size = sum(t.n_bytes for t in experts)
-    return Model(path, len(layers), used, size, sum(t.n_bytes for t in tensors) - size)
+    size, sizes = sum(t.n_bytes for t in experts), {t.name: t.n_bytes for t in tensors}
+    other = sum(sizes.values()) - size
+    read = other - (sizes.get("token_embd.weight", 0) if "output.weight" in sizes else 0)
+    return Model(path, len(layers), used, size, other, read, headers[0].integer(f"{arch}.block_count", len(layers)))
 
 
 def measure(s: Setting, stock: Path, patched: Path, log: Path, into: Measured) -> None:
     """One run of llama-bench. Raises CalledProcessError."""
     command = [str((patched if s.ours else stock) / "llama-bench"), "-m", str(s.model.path), "-t", str(s.threads), "-ngl", "99", "-v"]
     command += ["-p", "512,2048", "-n", "128", "-r", "2", "-o", "json"]
-    environment = dict(os.environ)
+    environment = {**os.environ, "LLAMA_ARG_THREADS": str(s.threads)}
     if not s.ours and s.on_cpu:
         command += ["-ncmoe", str(s.on_cpu)]
     if s.ours and s.part < 1:
@@ -122,6 +168,10 @@ def measure(s: Setting, stock: Path, patched: Path, log: Path, into: Measured) -
         raise subprocess.CalledProcessError(done.returncode, command)
     for test, speed in bench_speeds(done.stdout).items():
         into.speeds.setdefault(test, []).append(speed)
+    if s.ours:
+        into.found += [Speeds(*(float(x) for x in f)) for f in _SPEEDS.findall(done.stderr)]
+        split = [Placed(int(n), s.model.layers - int(n)) for n in _SPLIT.findall(done.stderr)]
+        into.placed += split + [Placed(0, int(n)) for n in _WHOLE.findall(done.stderr)]
     into.hits += [share for share in (float(h) / 100 for h in _HITS.findall(done.stderr)) if share > 0]
 
 
@@ -142,7 +192,9 @@ def table(model: Model, threads: int, parts: list[float], results: dict[Setting,
     if taken is not None and left is not None and left < 1:
         base, cpu, split = (1 / of(p, ours).median("tg128") for p, ours in ((1.0, False), (0.0, False), (taken, True)))
         found = fit(base, cpu, split, model.layers, left)
-    head = ["in VRAM", "caught", *(f"{t}: stock, ours" for t in TESTS), "predicted tg128: stock, ours"]
+    said = [f for s, r in results.items() if (s.model, s.threads) == (model, threads) for f in r.found]
+    head = ["in VRAM", "caught", *(f"{t}: stock, ours" for t in TESTS)]
+    head += ["predicted tg128: stock, ours", "by the runtime's speeds: layout, stock, ours"]
     lines = [f"{model.path.name}, {threads} threads", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for part in parts:
         stock, ours, left = of(part, False), of(part, True), missed(part)
@@ -156,8 +208,22 @@ def table(model: Model, threads: int, parts: list[float], results: dict[Setting,
             over = [e / of_it.median("tg128") for e, of_it in zip(expected, (stock, ours), strict=True)]
             fitted = ["fitted" if part in (0, 1) else f"{over[0]:.2f}", "fitted" if part in (taken, 1) else f"{over[1]:.2f}"]
             row.append(", ".join(f"{e:.1f} ({f})" for e, f in zip(expected, fitted, strict=True)))
+        row.append(by_runtime(Setting(model, threads, part, True), stock, ours, said))
         lines.append("| " + " | ".join(row) + " |")
     return lines, found
+
+
+def by_runtime(setting: Setting, stock: Measured, ours: Measured, said: list[Speeds]) -> str:
+    """A cell: whole and split layers, then tokens per second predicted and over those measured. said: by all runs on the model."""
+    model = setting.model
+    placed = ours.placed[0] if ours.placed else Placed(0, round(model.layers * setting.part)) if setting.part in (0, 1) else None
+    if not said or placed is None:
+        return "-"
+    speeds = Speeds(*(statistics.median(getattr(s, name) for s in said) for name in ("ram", "vram", "handover", "layer")))
+    caught = statistics.median(ours.hits) if ours.hits else 0.0
+    expected = speeds.decode(model, 0, model.layers - setting.on_cpu, 0.0), speeds.decode(model, placed.split, placed.whole, caught)
+    cells = [f"{e:.1f} ({e / m.median('tg128'):.2f})" for e, m in zip(expected, (stock, ours), strict=True)]
+    return f"{placed.whole} whole, {placed.split} split, " + ", ".join(cells)
 
 
 def machine(model: Model, found: Fit, vram_bandwidth: float, prompt: float, prompt_on_cpu: float) -> dict[str, float]:
@@ -205,6 +271,7 @@ def main() -> None:
         took = time.monotonic() - began
         data = [
             {"file": s.model.path.name, "threads": s.threads, "part": s.part, "ours": s.ours, "hits": r.hits, **r.speeds}
+            | {"found": [asdict(f) for f in r.found], "placed": [asdict(f) for f in r.placed]}
             for s, r in results.items()
         ]
         (args.out / "bench_vram.json").write_text(json.dumps(data, indent=1))
@@ -218,6 +285,8 @@ def main() -> None:
                 made = machine(m, found, 1e9 * args.vram_bandwidth, prompt, on_cpu)
                 (args.out / f"machine-{m.path.stem}-{t}.json").write_text(json.dumps(made, indent=1) + "\n")
                 text += [f"hand-over {1e6 * found.handover:.0f} us, RAM {made['ram_bandwidth'] / 1e9:.1f} GB/s", ""]
+            for said in [f for s, r in results.items() if (s.model, s.threads) == (m, t) for f in r.found][:1]:
+                text += [f"the runtime's speeds: {said}", ""]
     (args.out / "bench_vram.md").write_text("\n".join(text))
     print("\n".join(text))
 

@@ -72,11 +72,15 @@ Reader = Callable[..., Result]
 
 @pytest.fixture
 def read(runtime: Path, server: str, tmp_path: Path) -> Reader:
-    """Steps on a file with all layers on the server: read(model, steps, options...); options as --override-kv."""
+    """Steps on a file with all layers on the server: read(model, steps, options...); options as --override-kv.
+
+    Every layer gets as many slots, unless rq.vram_layout says otherwise, and measured speeds are kept in the test's folder.
+    """
 
     def made(model: Path, steps: Sequence[Step], overrides: dict[str, str | int | bool] | None = None, **options: bool) -> Result:
-        job = Job(runtime / "libllama.so", model, steps, overrides or {}, threads=1, servers=(server,), **options)  # type: ignore[arg-type]
-        return run(job, tmp_path)
+        settings = {"rq.vram_layout": "slots", **(overrides or {})}
+        job = Job(runtime / "libllama.so", model, steps, settings, threads=1, servers=(server,), **options)  # type: ignore[arg-type]
+        return run(job, tmp_path, {"LLAMA_CACHE": str(tmp_path / "cache")})
 
     return made
 

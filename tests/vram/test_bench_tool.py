@@ -25,6 +25,15 @@ def test_a_fit_by_hand(tool: ModuleType) -> None:
     assert found.stock(4) == 22 and found.stock(2) == 16 and found.ours(4, 0.25) == 16 and found.ours(4, 0.5) == 18
 
 
+def test_the_runtime_s_speeds_by_hand(tool: ModuleType) -> None:
+    """6 layers, 4 of them with 8 experts of 100 bytes, 2 used; 1000 bytes of others: 10 s in VRAM, 6 s for the layers besides."""
+    model = tool.Model(Path("m.gguf"), layers=4, used=0.25, expert_bytes=3200, other_bytes=1500, read_bytes=1000, blocks=6)
+    speeds = tool.Speeds(ram=10, vram=100, handover=3, layer=1)
+    assert 1 / speeds.decode(model, 0, 4, 0.0) == pytest.approx(10 + 6 + 4 * 2)
+    assert 1 / speeds.decode(model, 0, 1, 0.0) == pytest.approx(10 + 6 + 2 + 3 * (3 + 20))
+    assert 1 / speeds.decode(model, 3, 1, 0.75) == pytest.approx(10 + 6 + 2 + 3 * (3 + 1.5 + 5))
+
+
 PROGRAM = """#!PYTHON
 import json, os, sys
 layers = int(sys.argv[sys.argv.index("-ncmoe") + 1]) if "-ncmoe" in sys.argv else 0
@@ -33,6 +42,8 @@ seconds = 0.010 + layers * 0.003
 if vram:
     missed = (1 - float(vram[:-1]) / 100) ** 2
     seconds = 0.010 + LAYERS * (0.001 + missed * 0.002)
+    print(f"llama_hot: CUDA0: ram=5e+10,vram=2e+12,handover=0.001,layer=0.0005,q8_0=5e+10", file=sys.stderr)
+    print(f"llama_hot: experts in fast memory: 1 to 2 of 4 in each of LAYERS layers; 1.0 of 2.0 MiB", file=sys.stderr)
     print(f"llama: experts in fast memory took {100 * (1 - missed):.1f} % of the selections in decoding, 1 % in prompts", file=sys.stderr)
 records = [{"n_prompt": p, "n_gen": 0, "samples_ts": [p / (0.1 + layers * 0.05)]} for p in (512, 2048)]
 print(json.dumps(records + [{"n_prompt": 0, "n_gen": 128, "samples_ts": [1 / seconds]}]))
@@ -49,5 +60,7 @@ def test_a_whole_run(tool: ModuleType, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out" / "bench_vram.md").read_text()
     assert "hand-over 1000 us" in text and "| 25 % | 44 % |" in text and "(1.00)" in text
+    assert "the runtime's speeds: RAM 50.0 GB/s, VRAM 2000 GB/s, hand-over 1000 us, 500 us for any layer" in text
+    assert f"| 0 whole, {tool.read_model(model).layers} split, " in text
     data = json.loads((tmp_path / "out" / "machine-m-4.json").read_text())
     assert data["handover"] == pytest.approx(0.001, rel=0.01)
