@@ -135,9 +135,14 @@ def _fetched(values: list[Tensor]) -> Matrix:
 def _wanda(weights: dict[str, Tensor], in_sum2: dict[str, Tensor]) -> float:
     """wanda.wanda_importance of tensors."""
     kept = {m: w for m, w in weights.items() if int(w.shape[1] * PRUNING_RATIO) > 0}
-    total = [
-        (w.abs() * in_sum2[m].sqrt()).sort(dim=1).values[:, : int(w.shape[1] * PRUNING_RATIO)].sum(dtype=torch.float64)
-        for m, w in kept.items()
-    ]
+    total = [_sum_of_smallest(w.abs() * in_sum2[m].sqrt(), int(w.shape[1] * PRUNING_RATIO)) for m, w in kept.items()]
     dropped = sum(len(w) * int(w.shape[1] * PRUNING_RATIO) for w in kept.values())
     return float(torch.stack(total).sum().item()) / dropped if dropped else 0.0
+
+
+def _sum_of_smallest(x: Tensor, n: int) -> Tensor:
+    """Of the n smallest of each row of x [rows, columns], all rows together, float64. Selecting is several times as fast as sorting."""
+    largest = x.kthvalue(n, dim=1, keepdim=True).values
+    less = x < largest
+    ties = n - less.sum(dim=1, keepdim=True)
+    return torch.where(less, x, 0.0).sum(dtype=torch.float64) + (largest * ties).sum(dtype=torch.float64)

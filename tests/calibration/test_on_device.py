@@ -63,7 +63,7 @@ def test_on_a_gpu_recorded_or_not(kind: str, ggml: Ggml) -> None:
         made = dequantized(kind, x, importance, ggml).cpu()
         errors = [(importance.cpu() * (back - x.cpu()).double().square()).sum().item() for back in (made, expected)]
         assert errors[0] == pytest.approx(errors[1], rel=0.01, abs=1e-12)
-        assert torch.isclose(made, expected, rtol=1e-4, atol=1e-9).double().mean() > 0.9
+        assert torch.isclose(made, expected, rtol=1e-4, atol=1e-9).double().mean() > 0.8
         assert torch.equal(made, dequantized(kind, x, importance, ggml).cpu())
 
 
