@@ -32,7 +32,7 @@ _AT_ONCE_ON_DEVICE = 1 << 23
 _RECORDED = Recorded()
 _MANY_LAUNCHES = frozenset(("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k"))
 """Types whose quantizers launch 500 to 4000 kernels and take the same way for all values."""
-_FOURS = 1 << 20
+_FOURS = 1 << 18
 """Groups of four values whose nearest point in a codebook is looked for at a time."""
 _NEAR = 16
 """Points of a codebook that it is looked for among, the nearest to the rounded values: ggml has 6 on average, rarely more than these."""
@@ -289,7 +289,7 @@ def _from_codebook(x: Tensor, w: Tensor, kind: str, ggml: Ggml, *, tries: int, f
     blocks = x.shape[1]
     codebook = _Codebook(*(torch.from_numpy(t).to(x.device) for t in _codebook(kind, ggml)))
     grouped, w = _groups(x, 32), _groups(w, 32)
-    fours, roots = grouped.reshape(8, 4, -1), w.sqrt().reshape(8, 4, -1)
+    fours, roots = _fours(grouped), _fours(w.sqrt())
     wx = w * grouped
 
     def sums(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,7 +298,8 @@ def _from_codebook(x: Tensor, w: Tensor, kind: str, ggml: Ggml, *, tries: int, f
 
     largest = grouped.amax(dim=0)
     scale, best = largest / 15, torch.zeros_like(largest)
-    points, exact = fours.new_zeros(8, fours.shape[2], dtype=torch.int64), fours.new_ones(8, fours.shape[2], dtype=torch.bool)
+    points = torch.zeros((8, len(largest)), dtype=torch.int64, device=x.device)
+    exact = torch.ones_like(points, dtype=torch.bool)
     if refit_all:
         exact = ~exact
     for step in range(-tries, tries + 1):
@@ -322,15 +323,21 @@ def _from_codebook(x: Tensor, w: Tensor, kind: str, ggml: Ggml, *, tries: int, f
     return _values(step_size * codebook.value(points), blocks)
 
 
+def _fours(groups: Tensor) -> Tensor:
+    """[32, groups] -> [4, 8 * groups], the first fours of all groups first."""
+    return groups.reshape(8, 4, -1).transpose(0, 1).reshape(4, -1)
+
+
 class _Codebook:
     """Points of four values each, by index."""
 
     def __init__(self, values: Tensor, index: Tensor, near: Tensor) -> None:
         """values: [points, 4] as they come back, in the unit of the scale. index: [8^4] the point of four levels, -1 where there is none;
         near: [8^4, n] the points to choose from then, some of them twice."""
-        self._values, self._index, self._near = values, index, near
+        self._values, self._index, self._near = values, index, near.T.contiguous()
         self._odd = _odd(values)
-        self._near_odd = self._odd[near]
+        # Of the squared distance of a point from x, weighted: what depends on the point is a product with (weights, weights * x).
+        self._terms = torch.cat([self._odd.square(), -2 * self._odd], dim=1)
 
     def odd(self, points: Tensor) -> Tensor:
         """[8, groups] points -> [32, groups] values as the search has them."""
@@ -341,21 +348,18 @@ class _Codebook:
         return self._values[points].transpose(1, 2).reshape(32, -1)
 
     def nearest(self, x: Tensor, weights: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-        """([8, groups] points, whether rounding alone led there) for x [8, 4, groups] times inverse [groups]."""
-        level = ((x * inverse - 1) / 2).round_().clamp_(0, 7).to(torch.int64)
-        code = level[:, 0] + 8 * level[:, 1] + 64 * level[:, 2] + 512 * level[:, 3]
+        """([8, groups] points, whether rounding alone led there) for x [4, 8 * groups] times inverse [groups]."""
+        x = x * inverse.repeat(8)
+        level = ((x - 1) / 2).round_().clamp_(0, 7)
+        code = (level[0] + 8 * level[1] + 64 * level[2] + 512 * level[3]).to(torch.int64)
         points = self._index[code]
         exact = points >= 0
-        k, g = (~exact).nonzero(as_tuple=True)
-        for start in range(0, len(k), _FOURS):
-            here = slice(start, start + _FOURS)
-            some, at = (k[here], slice(None), g[here]), (k[here], g[here])
-            found = code[at]
-            distance = self._near_odd[found]
-            distance.sub_((x[some] * inverse[g[here]][:, None])[:, None]).square_().mul_(weights[some][:, None])
-            nearest = distance.sum(dim=2).argmin(dim=1, keepdim=True)
-            points[at] = self._near[found].gather(1, nearest)[:, 0]
-        return points, exact
+        for at in (~exact).nonzero()[:, 0].split(_FOURS):
+            w = weights.index_select(1, at)
+            distance = self._terms @ torch.cat([w, w * x.index_select(1, at)])
+            near = self._near.index_select(1, code[at])
+            points[at] = near.gather(0, distance.gather(0, near).argmin(dim=0, keepdim=True))[0]
+        return points.reshape(8, -1), exact.reshape(8, -1)
 
 
 def _odd(values: Any) -> Any:
