@@ -16,7 +16,7 @@ from rq_gguf.placement.files import read_loads, write_location
 from rq_gguf.placement.loads import Loads
 from rq_gguf.placement.location import Exported, export
 from rq_gguf.placement.machine import ExpertSize, Machine
-from rq_gguf.placement.simulate import Workload, most_copies, simulate
+from rq_gguf.placement.simulate import Workload, simulate
 from rq_gguf.placement.table import Simulation
 from rq_gguf.progress import Bar
 from rq_gguf.report.colours import palette
@@ -86,7 +86,7 @@ def make_simulation(
         given = decoded.trace.n_embd, decoded.trace.n_ff
     if given is None:
         raise UserError(f"{source} does not say how large an expert is; give its inputs and inner units (--shape 2048x768)")
-    wanted = _wanted(loads, copies, counts)
+    wanted = _wanted(loads, copies)
     size, work = ExpertSize(*given, bits), Workload(planned, n_used, decoded)
     with Bar(total=len(sizes) * len(loads.layers), desc="simulating", leave=False, disable=None, delay=1) as bar:
         points = simulate(work, counts, sizes, wanted, machine, size, bar.update)
@@ -118,12 +118,11 @@ def _parts(source: Path, loads: Loads, evaluate: Path | None) -> tuple[NDArray[n
     return loads.load, None, f"planned on the loads of {source.name}, tokens drawn from the same loads"
 
 
-def _wanted(loads: Loads, copies: int | None, devices: tuple[int, ...]) -> int:
+def _wanted(loads: Loads, copies: int | None) -> int:
     """Copies per layer, before they are rounded up to equal slots."""
     if copies is None and loads.instances is not None:
         copies = int(loads.instances.sum(axis=1).max()) - loads.n_expert
-    wanted = -(-loads.n_expert // COPIES) if copies is None else copies
-    return min(wanted, most_copies(loads.n_expert, min(devices)))
+    return -(-loads.n_expert // COPIES) if copies is None else copies
 
 
 def check_plot(path: Path) -> None:

@@ -83,7 +83,8 @@ class Workload:
 
 
 def arrangements(load: Load, n_devices: int, wanted: int) -> dict[str, Placement]:
-    """Name -> placement of one layer. wanted: copies; rounded up to equal slots."""
+    """Name -> placement of one layer. wanted: copies; rounded up to equal slots, at most an instance of each expert on each device."""
+    wanted = min(wanted, most_copies(len(load), n_devices))
     return {
         "stock": stock_order(len(load), n_devices),
         "paper": paper_copy(load, n_devices),
