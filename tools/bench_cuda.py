@@ -96,7 +96,11 @@ class Shape:
     n_vocab: int = 8192
 
 
-SHAPES = {"olmoe": Shape(2048, 1024, 64, 8, 16, 8), "qwen3": Shape(2048, 768, 128, 8, 16, 6)}
+SHAPES = {
+    "olmoe": Shape(2048, 1024, 64, 8, 16, 8),
+    "qwen3": Shape(2048, 768, 128, 8, 16, 6),
+    "qwen3-235b": Shape(4096, 1536, 128, 8, 32, 3),
+}
 
 
 @dataclass(frozen=True)

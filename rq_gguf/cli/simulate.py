@@ -25,8 +25,14 @@ _ABOVE_0 = click.FloatRange(min=0, min_open=True)
 @click.option("--compute", type=_ABOVE_0, default=989, show_default=True, metavar="TFLOPS", help="Of a device.")
 @click.option("--link", type=_ABOVE_0, default=450, show_default=True, metavar="GB/S", help="What a device takes from all others.")
 @click.option("--latency", type=click.FloatRange(min=0), default=10, show_default=True, metavar="US", help="Of an exchange; two a layer.")
-@click.option("--exchange", type=click.Choice(["all-to-all", "partial-sums"]), default="all-to-all", show_default=True,
-              help="Tokens go to their experts, or all devices have all tokens and add up what comes out.")  # fmt: skip
+@click.option("--exchange", type=click.Choice(["all-to-all", "partial-sums", "home"]), default="all-to-all", show_default=True,
+              help="Tokens go to their experts; or all devices have all tokens and add up what comes out; or one device sends all "
+              "tokens to the others and adds up.")  # fmt: skip
+@click.option("--launch", type=click.FloatRange(min=0), default=0, show_default=True, metavar="US",
+              help="Of a layer's experts on a device, beyond bytes and arithmetic.")  # fmt: skip
+@click.option("--rest", type=click.FloatRange(min=0), default=0, show_default=True, metavar="US", help="Of all else in a layer.")
+@click.option("--rereads", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
+              help="Sequences up to which an expert is read anew for each of its tokens.")  # fmt: skip
 @click.option("--top-k", type=click.IntRange(min=1), metavar="N", help="Experts per token, where SOURCE does not say.")
 @click.option("--shape", metavar="INxINNER", help="Inputs and inner units of an expert (2048x768), where SOURCE does not say.")
 @click.option("--plot", type=path_type(dir_okay=False), metavar="FILE.svg", help="Draw the busiest device over the mean.")
@@ -43,6 +49,9 @@ def simulate(
     link: float,
     latency: float,
     exchange: str,
+    launch: float,
+    rest: float,
+    rereads: int,
     top_k: int | None,
     shape: str | None,
     plot: Path | None,
@@ -58,7 +67,7 @@ def simulate(
 
     if plot is not None:
         make.check_plot(plot)
-    machine = Machine(bandwidth * 1e9, compute * 1e12, link * 1e9, latency * 1e-6, exchange)
+    machine = Machine(bandwidth * 1e9, compute * 1e12, link * 1e9, latency * 1e-6, exchange, launch * 1e-6, rest * 1e-6, rereads)
     found = make.make_simulation(
         source, evaluate, devices=devices, batches=batch, copies=copies, machine=machine, bits=bits, top_k=top_k, shape=shape
     )

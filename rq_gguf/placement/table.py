@@ -30,7 +30,9 @@ def describe(s: Simulation) -> list[str]:
     lines = [
         f"{s.model}: {s.n_layers} layers of {s.n_expert} experts, {s.n_used} per token; {s.decoded}",
         f"step time: routed experts of {s.size.bits:g} bits and their exchange ({m.exchange}), {m.bandwidth / 1e9:g} GB/s memory, "
-        f"{m.compute / 1e12:g} TFLOPS, {m.link / 1e9:g} GB/s links, {m.latency * 1e6:g} us latency",
+        f"{m.compute / 1e12:g} TFLOPS, {m.link / 1e9:g} GB/s links, {m.latency * 1e6:g} us latency"
+        + (f"; {(m.launch + m.rest) * 1e6:g} us a layer besides" if m.launch + m.rest else "")
+        + (f"; experts read for each token with up to {m.rereads} sequences" if m.rereads else ""),
     ]
     copies = {p.devices: p.of("copies").copies for p in s.points}
     named = sorted(set(copies.values()))

@@ -10,7 +10,7 @@ from rq_gguf.placement.figure import draw
 from rq_gguf.placement.machine import ExpertSize, Machine, layer_seconds
 from rq_gguf.placement.make import parse_counts, parse_shape
 from rq_gguf.placement.pack import stock_order
-from rq_gguf.placement.simulate import ARRANGEMENTS, Workload, measure, simulate
+from rq_gguf.placement.simulate import ARRANGEMENTS, Workload, arrangements, measure, simulate
 from rq_gguf.placement.table import Simulation, describe, to_json
 
 MACHINE, SIZE = Machine(), ExpertSize(64, 32)
@@ -34,6 +34,14 @@ def test_time_by_hand() -> None:
     # Partial sums: all 4 tokens, whoever serves them.
     sums = Machine(1e9, 1e12, 1e8, 1e-5, "partial-sums")
     assert layer_seconds(sums, size, tokens, distinct, 4) == pytest.approx([3e-3 + 2e-5 + 2 * 4 * 0.5 * 2000 / 1e8])
+    # One device sends 4 tokens of 1000 F32 to the other and takes as much back.
+    home = Machine(1e9, 1e12, 1e8, 1e-5, "home")
+    assert layer_seconds(home, size, tokens, distinct, 4) == pytest.approx([3e-3 + 2e-5 + 2 * 4 * 4000 / 1e8])
+    # 6 readings of an expert on the busiest device instead of 2; 5 us of launches and 70 us of all else, on one device too.
+    again = Machine(1e9, 1e12, 1e8, 0, "home", launch=5e-6, rest=7e-5, rereads=4)
+    assert layer_seconds(again, size, tokens, distinct, 4) == pytest.approx([9e-3 + 7.5e-5 + 2 * 4 * 4000 / 1e8])
+    assert layer_seconds(again, size, tokens, distinct, 5) == pytest.approx([3e-3 + 7.5e-5 + 2 * 5 * 4000 / 1e8])
+    assert layer_seconds(again, size, tokens[:, :1], distinct[:, :1], 4) == pytest.approx([9e-3 + 7.5e-5])
     # Arithmetic bounds a thousand tokens of one expert; one device exchanges nothing.
     assert layer_seconds(machine, size, np.array([[1000.0]]), np.array([[1.0]]), 1000) == pytest.approx([3e-3])
 
@@ -54,7 +62,7 @@ def test_arrangements_obey() -> None:
             assert p.of("packed").tokens < p.of("stock").tokens
             assert p.of("copies").tokens < p.of("packed").tokens
             assert p.of("paper").tokens < p.of("stock").tokens
-    assert [p.of("copies").copies for p in points[::3]] == [8, 8, 8, 8]
+    assert [p.of("copies").copies for p in points[::3]] == [0, 8, 8, 8]
     again = simulate(Workload(planned.selections, 2, decoded), (4,), (256,), 8, MACHINE, SIZE)
     assert again[0] == points[8]
 
@@ -95,3 +103,9 @@ def test_counts_and_shapes() -> None:
     for bad in ("2048", "0x4", "axb"):
         with pytest.raises(UserError, match="--shape"):
             parse_shape(bad)
+
+
+def test_each_number_of_devices_has_the_copies_it_can_hold() -> None:
+    load = np.arange(1.0, 9.0)
+    assert [len(arrangements(load, d, 8)["copies"].devices) - len(load) for d in (1, 2, 4)] == [0, 8, 8]
+    assert len(arrangements(load, 2, 100)["copies"].devices) == 16
