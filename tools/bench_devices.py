@@ -94,8 +94,8 @@ def check_rows(file: Path, text: Path, chunks: int, work: Path, out: Path, place
 
 def bench_once(v: Variant, work: Path, log: Path, repetitions: int, place: Place) -> dict[str, float]:
     """Tokens per second by test."""
-    options = {"bench": place.options("/"), "batched": place.options()}
-    return file_speeds(work / f"bin-{v.build}", file_of(v, work), log, repetitions, SEQUENCES, **options)
+    programs, file = work / f"bin-{v.build}", file_of(v, work)
+    return file_speeds(programs, file, log, repetitions, SEQUENCES, bench=place.options("/"), batched=place.options())
 
 
 def table(wanted: Sequence[Variant], results: dict[str, Measured]) -> str:
