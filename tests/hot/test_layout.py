@@ -47,6 +47,12 @@ def test_every_layout_gives_the_same_logits(
         assert layout == "slots" or ours >= stock
 
 
+def test_less_memory_than_asked_for(stock_demo: Path, read: Reader, tokens: list[int]) -> None:
+    log = read(stock_demo, reading(tokens[:8], 6), {"rq.vram": "50%", "rq.vram_layout": "auto", "rq.vram_keep": 1 << 50}).log
+    assert re.search(r"RPC0 has no room for [0-9.]+ MiB of experts, trying 0\.0 MiB", log)
+    assert "fast memory: none, there is no room for one per layer" in log
+
+
 def test_without_adapting_less_is_expected(stock_demo: Path, read: Reader, tokens: list[int]) -> None:
     options: dict[str, str | int | bool] = {"rq.vram": "50%", "rq.vram_speeds": GIVEN}
     adapted, fixed = (read(stock_demo, reading(tokens[:8], 6), {**options, "rq.vram_adapt": adapt}) for adapt in (True, False))
