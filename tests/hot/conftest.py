@@ -1,10 +1,12 @@
 """A server on this machine as a second device, and what llama.cpp gives with some of the experts on it."""
 
+import os
 import re
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,26 +47,40 @@ def reading(tokens: Sequence[int], n_prompt: int) -> list[Step]:
     return [prompt(tokens[:n_prompt]), *(Step((t,), (n_prompt + i,), (0,)) for i, t in enumerate(tokens[n_prompt:]))]
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextmanager
+def serving(
+    command: Sequence[str | Path], port: int, log: Path | None = None, env: dict[str, str] | None = None
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """A program that listens on a port of this machine, until the end of the `with`. env: added to this process's environment."""
+    with open(log or os.devnull, "wb") as out:
+        environment = {**os.environ, **(env or {})}
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        try:
+            for _ in range(600):
+                assert process.poll() is None, log.read_text(errors="replace")[-3000:] if log else command
+                try:
+                    socket.create_connection(("127.0.0.1", port), 1).close()
+                    break
+                except OSError:
+                    time.sleep(0.05)
+            yield process
+        finally:
+            process.terminate()
+            process.wait()
+
+
 @pytest.fixture(scope="session")
 def server(runtime: Path) -> Iterator[str]:
     """HOST:PORT of a device that computes on this machine's CPU."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [runtime / "ggml-rpc-server", "-H", "127.0.0.1", "-p", str(port), "-t", "1"]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(200):
-            assert process.poll() is None
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                time.sleep(0.05)
+    port = free_port()
+    with serving([runtime / "ggml-rpc-server", "-H", "127.0.0.1", "-p", str(port), "-t", "1"], port):
         yield f"127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
 
 
 Reader = Callable[..., Result]
