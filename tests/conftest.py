@@ -71,6 +71,24 @@ def demo_base(demo_model, runtime, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def stock_demo(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What llama-quantize makes of the demo model."""
+    path = tmp_path_factory.mktemp("stock") / "stock.gguf"
+    tools.run_tool(["llama-quantize", "--tensor-type", "_exps=q4_K", demo_base, path, "Q8_0", "2"])
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokens(demo_model: Path) -> list[int]:
+    """English, as the demo model's vocabulary splits it."""
+    import sentencepiece
+
+    vocabulary = sentencepiece.SentencePieceProcessor(str(demo_model / "tokenizer.model"))
+    text = (ROOT / "rq_gguf" / "data" / "heldout.txt").read_text(encoding="utf-8")
+    return [1, *vocabulary.encode(text[:4000])]
+
+
+@pytest.fixture(scope="session")
 def tiered_demo(demo_base, tmp_path_factory) -> Path:
     """The demo model with two tiers and three copies in every layer."""
     with Source(demo_base) as source:

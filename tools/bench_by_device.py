@@ -30,6 +30,7 @@ from pathlib import Path
 from bench_cuda import SHAPES, Shape, Variant, file_of, file_speeds, key, make_files, variants
 from bench_devices import SEQUENCES, Place
 from check_cuda import Programs
+from rounds import rounds_before
 
 WAYS = ("one", "layers", "experts", "experts, home 0")
 """One device; layers by device; experts by device, all else layers by device; experts by device, all else on the first."""
@@ -127,20 +128,16 @@ def table(names: Sequence[str], samples: dict[str, dict[str, list[float]]]) -> s
 def bench(files: dict[str, Path], work: Path, out: Path, ways: Sequence[Setting], rounds: int, repetitions: int, end: float) -> str:
     """The table. At least one round, and no other that would end after `end` (of time.monotonic)."""
     samples: dict[str, dict[str, list[float]]] = {f"{name}; {way}": {} for name in files for way in WAYS}
-    took, n = 0.0, 0
-    for done in range(rounds):
-        if done and time.monotonic() + took > end:
-            break
-        began = time.monotonic()
-        jobs = [(name, s) for name in files for s in ways[done > 0 :]]
+    n = 0
+    for n in rounds_before(end, rounds):
+        jobs = [(name, s) for name in files for s in ways[n > 0 :]]
         for name, s in random.sample(jobs, len(jobs)):
             programs, log, bench_options, options = work / "bin-patched", out / "by_device.log", s.options("/"), s.options()
             speeds = file_speeds(programs, files[name], log, repetitions, SEQUENCES, bench=bench_options, batched=options, env=s.env)
             for test, speed in speeds.items():
                 samples[f"{name}; {s.way}"].setdefault(test, []).append(speed)
-        took, n = time.monotonic() - began, n + 1
         (out / "by_device.json").write_text(json.dumps(samples, indent=1))
-    return f"{', '.join(ways[-1].place.devices)}, {n} rounds, medians; over layers by device\n\n{table(list(files), samples)}"
+    return f"{', '.join(ways[-1].place.devices)}, {n + 1} rounds, medians; over layers by device\n\n{table(list(files), samples)}"
 
 
 #
@@ -225,8 +222,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--work", type=Path, required=True)
     p.add_argument("--out", type=Path)
-    p.add_argument("--devices", default="CUDA0,CUDA1")
-    p.add_argument("--rpc", default="")
+    Place.add_options(p)
     p.add_argument("--shapes", default="olmoe:6,qwen3-235b:2", help="names of tools/bench_cuda.py with numbers of layers")
     p.add_argument(
         "--files", default="|".join(FILES), help="names of files, separated by |; of the first shape, of others the first file alone"
@@ -246,7 +242,7 @@ def main() -> None:
 
     out = args.out or args.work
     out.mkdir(parents=True, exist_ok=True)
-    place = Place(tuple(args.devices.split(",")), tuple(args.rpc.split(",")) if args.rpc else ())
+    place = Place.of(args)
     ways = settings(place, not args.no_peer)
     wanted: list[Variant] = [v for v in variants() if key(v) in args.files.split("|")]
     files: dict[str, Path] = {}

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from bench_cuda import SHAPES, Measured, Shape, Variant, expected, file_of, file_speeds, key, make_files, shares, variants
 from check_cuda import Programs
+from rounds import rounds_before
 
 SEQUENCES = (2, 8, 32, 128)
 MIXES = ("half Q8_0, half Q4_K", "ladder of four")
@@ -48,6 +49,16 @@ class Place:
     """Names, as `--list-devices` prints them."""
     rpc: tuple[str, ...] = ()
     """Servers, host:port, that give devices RPC0, RPC1 and so on."""
+
+    @staticmethod
+    def add_options(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--devices", default="CUDA0,CUDA1")
+        p.add_argument("--rpc", default="")
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Place":
+        """What add_options read."""
+        return cls(tuple(args.devices.split(",")), tuple(args.rpc.split(",")) if args.rpc else ())
 
     def options(self, separator: str = ",") -> list[str]:
         """Of llama.cpp's programs. separator: between devices; llama-bench alone has another, "/"."""
@@ -115,15 +126,10 @@ def bench(wanted: Sequence[Variant], work: Path, out: Path, place: Place, rounds
     for v in wanted:
         if v.tiered:
             results[key(v)].shares = shares(v, work, out)
-    took = 0.0
-    for done in range(rounds):
-        if done and time.monotonic() + took > end:
-            break
-        began = time.monotonic()
+    for _ in rounds_before(end, rounds):
         for v in random.sample(wanted, len(wanted)):
             for test, speed in bench_once(v, work, out / "bench_devices.log", repetitions, place).items():
                 results[key(v)].samples.setdefault(test, []).append(speed)
-        took = time.monotonic() - began
         (out / "bench_devices.json").write_text(json.dumps({name: asdict(r) for name, r in results.items()}, indent=1))
     n = len(results[key(wanted[0])].samples["tg128"])
     return f"{', '.join(place.devices)}, {n} rounds, medians\n\n{table(wanted, results)}"
@@ -134,8 +140,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--work", type=Path, required=True)
     p.add_argument("--out", type=Path)
-    p.add_argument("--devices", default="CUDA0,CUDA1")
-    p.add_argument("--rpc", default="")
+    Place.add_options(p)
     p.add_argument("--tiered", type=Path, metavar="FILE.gguf", help="a real model")
     p.add_argument("--stock", type=Path, metavar="FILE.gguf", help="the same model without tiers")
     p.add_argument("--text", type=Path)
@@ -152,7 +157,7 @@ def main() -> None:
 
     out = args.out or args.work
     out.mkdir(parents=True, exist_ok=True)
-    place = Place(tuple(args.devices.split(",")), tuple(args.rpc.split(",")) if args.rpc else ())
+    place = Place.of(args)
     shape = SHAPES[args.shape]
     if args.layers:
         shape = Shape(**{**asdict(shape), "n_layer": args.layers})

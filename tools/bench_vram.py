@@ -25,6 +25,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from rounds import rounds_before
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rq_gguf.bench.printed import bench_speeds
@@ -261,14 +263,9 @@ def main() -> None:
     models, threads = [read_model(f) for f in args.files], [int(t) for t in args.threads.split(",")]
     settings = [Setting(m, t, part, ours) for m in models for t in threads for part in parts for ours in (False, True)]
     results = {s: Measured() for s in settings}
-    took = 0.0
-    for done in range(args.rounds):
-        if done and time.monotonic() - started + took > args.seconds:
-            break
-        began = time.monotonic()
+    for _ in rounds_before(started + args.seconds, args.rounds):
         for s in random.sample(settings, len(settings)):
             measure(s, args.stock, args.patched, args.out / "bench_vram.log", results[s])
-        took = time.monotonic() - began
         data = [
             {"file": s.model.path.name, "threads": s.threads, "part": s.part, "ours": s.ours, "hits": r.hits, **r.speeds}
             | {"found": [asdict(f) for f in r.found], "placed": [asdict(f) for f in r.placed]}

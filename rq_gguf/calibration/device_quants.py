@@ -8,7 +8,7 @@ Inside, tensors are [values of a group, groups] or [groups of a block, blocks]: 
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -59,11 +59,10 @@ def dequantized(kind: str, x: Tensor, importance: Tensor, ggml: Ggml) -> Tensor:
     def quantizer(some: Tensor, of: Tensor) -> Tensor:
         return _QUANTIZERS[kind](some, of, ggml)
 
+    run = partial(_RECORDED.call, kind, quantizer) if x.is_cuda and kind in _MANY_LAUNCHES else quantizer
     for start in range(0, len(rows), step):
         here = slice(start, start + step)
-        inputs = rows[here].float().T.contiguous(), weights[here].float().T.contiguous()
-        again = x.is_cuda and kind in _MANY_LAUNCHES
-        made[here] = (_RECORDED.call(kind, quantizer, *inputs) if again else quantizer(*inputs)).T
+        made[here] = run(rows[here].float().T.contiguous(), weights[here].float().T.contiguous()).T
     return made.reshape(x.shape)
 
 
@@ -287,7 +286,7 @@ def _iq3_s(x: Tensor, importance: Tensor, ggml: Ggml) -> Tensor:
 def _from_codebook(x: Tensor, w: Tensor, kind: str, ggml: Ggml, *, tries: int, fudge: float, refit_all: bool) -> Tensor:
     """Magnitudes x [256, blocks] in fours that are points of a codebook, groups of 32 with a scale each."""
     blocks = x.shape[1]
-    codebook = _Codebook(*(torch.from_numpy(t).to(x.device) for t in _codebook(kind, ggml)))
+    codebook = _codebook(kind, ggml, x.device)
     grouped, w = _groups(x, 32), _groups(w, 32)
     fours, roots = _fours(grouped), _fours(w.sqrt())
     wx = w * grouped
@@ -368,7 +367,11 @@ def _odd(values: Any) -> Any:
 
 
 @cache
-def _codebook(kind: str, ggml: Ggml) -> tuple[Array, Array, Array]:
+def _codebook(kind: str, ggml: Ggml, device: torch.device) -> _Codebook:
+    return _Codebook(*(torch.from_numpy(t).to(device) for t in _points(kind, ggml)))
+
+
+def _points(kind: str, ggml: Ggml) -> tuple[Array, Array, Array]:
     """(values, index, near) as _Codebook takes them. The values are what ggml dequantizes blocks to that hold each point once."""
     n, fours = (256 if kind == "iq3_xxs" else 512), _BLOCK // 4
     points = np.arange(n).reshape(-1, fours)

@@ -134,9 +134,9 @@ def _fetched(values: list[Tensor]) -> Matrix:
 
 def _wanda(weights: dict[str, Tensor], in_sum2: dict[str, Tensor]) -> float:
     """wanda.wanda_importance of tensors."""
-    kept = {m: w for m, w in weights.items() if int(w.shape[1] * PRUNING_RATIO) > 0}
-    total = [_sum_of_smallest(w.abs() * in_sum2[m].sqrt(), int(w.shape[1] * PRUNING_RATIO)) for m, w in kept.items()]
-    dropped = sum(len(w) * int(w.shape[1] * PRUNING_RATIO) for w in kept.values())
+    pruned = {m: n for m, w in weights.items() if (n := int(w.shape[1] * PRUNING_RATIO)) > 0}
+    total = [_sum_of_smallest(weights[m].abs() * in_sum2[m].sqrt(), n) for m, n in pruned.items()]
+    dropped = sum(len(weights[m]) * n for m, n in pruned.items())
     return float(torch.stack(total).sum().item()) / dropped if dropped else 0.0
 
 

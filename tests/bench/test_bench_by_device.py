@@ -4,13 +4,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from tool_modules import TOOLS, load_tool
+from tool_modules import load_tool
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The program; it imports others that lie beside it."""
-    monkeypatch.syspath_prepend(TOOLS)
+def tool() -> ModuleType:
     return load_tool("bench_by_device")
 
 

@@ -23,6 +23,7 @@ from rq_gguf.choices import check_choices
 from rq_gguf.ggml import Ggml
 from rq_gguf.planning.plan import LayerPlan, Plan
 from rq_gguf.runtime.tools import library_path, run_tool
+from rq_gguf.writing.convert import convert_base
 from rq_gguf.writing.others import parse_others
 from rq_gguf.writing.source import Source
 from rq_gguf.writing.write import write_model
@@ -62,6 +63,14 @@ def save_model(case: Case, directory: Path) -> torch.nn.Module:
     model.save_pretrained(directory)
     save_vocabulary(case.vocabulary, directory)
     return model
+
+
+def stock_file(case: Case, folder: Path, type_name: str) -> Path:
+    """A model of the case as llama-quantize makes it."""
+    save_model(case, folder / "model")
+    convert_base(folder / "model", folder / "base.gguf", progress=False)
+    run_tool(["llama-quantize", folder / "base.gguf", folder / "stock.gguf", type_name, "2"])
+    return folder / "stock.gguf"
 
 
 def steps(vocabulary: int, seed: int) -> list[Step]:

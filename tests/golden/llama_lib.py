@@ -83,6 +83,11 @@ def run(job: Job, work: Path, env: dict[str, str] | None = None) -> Result:
     return Result(logits, captured, done.stderr)
 
 
+def same_bits(a: Result, b: Result) -> bool:
+    """Every logit of every step."""
+    return all(np.array_equal(x, y) for x, y in zip(a.logits, b.logits, strict=True))
+
+
 def prompt(tokens: Sequence[int], sequence: int = 0, start: int = 0) -> Step:
     """A step of consecutive tokens of one sequence."""
     return Step(tuple(tokens), tuple(range(start, start + len(tokens))), (sequence,) * len(tokens))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hot.conftest import free_port, serving
+from local_servers import free_port, serving
 
 from rq_gguf.runtime.build import find_compiler
 from rq_gguf.runtime.tools import source_path

@@ -5,7 +5,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hot.conftest import Reader, hits, reading, same_bits
+from golden.llama_lib import same_bits
+from hot.conftest import Reader, hits, reading
 
 pytestmark = pytest.mark.runtime
 

@@ -4,14 +4,11 @@ from pathlib import Path
 
 import pytest
 from families.cases import CASES
-from families.check import save_model
 from families.check import steps as family_steps
+from families.check import stock_file
 from families.vocabulary import SIZES
-from golden.llama_lib import Step, prompt
-from hot.conftest import Reader, hits, reading, same_bits
-
-from rq_gguf.runtime.tools import run_tool
-from rq_gguf.writing.convert import convert_base
+from golden.llama_lib import Step, prompt, same_bits
+from hot.conftest import Reader, hits, reading
 
 pytestmark = pytest.mark.runtime
 
@@ -80,11 +77,8 @@ def test_stored_shares_choose_the_first_set(tiered_demo: Path, stock_demo: Path,
 def test_families(family: str, tmp_path: Path, read: Reader) -> None:
     """Biases, merged or scaled gates, weights that come first, groups, dense layers, eight experts per token."""
     case = next(c for c in CASES if c.model_type == family)
-    save_model(case, tmp_path / "model")
-    convert_base(tmp_path / "model", tmp_path / "base.gguf", progress=False)
-    run_tool(["llama-quantize", tmp_path / "base.gguf", tmp_path / "stock.gguf", "Q8_0", "2"])
-    steps = family_steps(SIZES[case.vocabulary], 5)
-    whole = read(tmp_path / "stock.gguf", steps)
-    split = read(tmp_path / "stock.gguf", steps, {"rq.vram": "50%"})
+    model, steps = stock_file(case, tmp_path, "Q8_0"), family_steps(SIZES[case.vocabulary], 5)
+    whole = read(model, steps)
+    split = read(model, steps, {"rq.vram": "50%"})
     assert same_bits(whole, split)
     assert hits(split).exchanged > 0

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
-from hot.conftest import HITS, free_port, serving
+from hot.conftest import HITS
+from local_servers import free_port, serving
 
 from rq_gguf.runtime.tools import run_tool
 

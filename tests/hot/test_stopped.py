@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
-from hot.conftest import free_port, serving
+from local_servers import free_port, serving
 
 pytestmark = pytest.mark.runtime
 

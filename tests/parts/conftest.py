@@ -1,10 +1,8 @@
 """Servers on this machine as devices, and what llama.cpp gives with each layer's experts dealt out over them."""
 
 import json
-import socket
-import subprocess
-import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from golden.llama_lib import Job, Result, Step, prompt, run
+from local_servers import cpu_device
 from numpy.typing import NDArray
-
-from rq_gguf.runtime.tools import run_tool
 
 N_DEVICES = 3
 Overrides = dict[str, str | int | bool]
@@ -32,11 +29,6 @@ def divergence(a: Sequence[NDArray[np.float32]], b: Sequence[NDArray[np.float32]
     return float(max((np.exp(x) * (x - y)).sum(-1).max() for x, y in pairs))
 
 
-def same_bits(a: Result, b: Result) -> bool:
-    """Every logit of every step."""
-    return all(np.array_equal(x, y) for x, y in zip(a.logits, b.logits, strict=True))
-
-
 def several(tokens: Sequence[int]) -> list[Step]:
     """Prompts of eight sequences, of which 1, 2, 4 and 8 then decode together."""
     steps, lengths = [prompt(tokens[40 * s : 40 * s + 40], s) for s in range(8)], [40] * 8
@@ -49,26 +41,8 @@ def several(tokens: Sequence[int]) -> list[Step]:
 @pytest.fixture(scope="session")
 def servers(runtime: Path) -> Iterator[tuple[str, ...]]:
     """HOST:PORT of devices that compute on this machine's CPU."""
-    ports, processes = [], []
-    try:
-        for _ in range(N_DEVICES):
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                ports.append(s.getsockname()[1])
-            command = [runtime / "ggml-rpc-server", "-H", "127.0.0.1", "-p", str(ports[-1]), "-t", "1"]
-            processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-            for _ in range(200):
-                assert processes[-1].poll() is None
-                try:
-                    socket.create_connection(("127.0.0.1", ports[-1]), 1).close()
-                    break
-                except OSError:
-                    time.sleep(0.05)
-        yield tuple(f"127.0.0.1:{port}" for port in ports)
-    finally:
-        for process in processes:
-            process.terminate()
-            process.wait()
+    with ExitStack() as stack:
+        yield tuple(stack.enter_context(cpu_device(runtime)) for _ in range(N_DEVICES))
 
 
 @dataclass(frozen=True)
@@ -95,21 +69,3 @@ class Reader:
 @pytest.fixture
 def reader(runtime: Path, servers: tuple[str, ...], tmp_path: Path) -> Reader:
     return Reader(runtime / "libllama.so", servers, tmp_path)
-
-
-@pytest.fixture(scope="session")
-def stock_demo(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What llama-quantize makes of the demo model."""
-    path = tmp_path_factory.mktemp("parts") / "stock.gguf"
-    run_tool(["llama-quantize", "--tensor-type", "_exps=q4_K", demo_base, path, "Q8_0", "2"])
-    return path
-
-
-@pytest.fixture(scope="session")
-def tokens(demo_model: Path) -> list[int]:
-    """English, as the demo model's vocabulary splits it."""
-    import sentencepiece
-
-    vocabulary = sentencepiece.SentencePieceProcessor(str(demo_model / "tokenizer.model"))
-    text = (Path(__file__).resolve().parents[2] / "rq_gguf" / "data" / "heldout.txt").read_text(encoding="utf-8")
-    return [1, *vocabulary.encode(text[:4000])]

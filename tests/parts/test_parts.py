@@ -5,18 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from families.cases import CASES
-from families.check import save_model
 from families.check import steps as family_steps
+from families.check import stock_file
 from families.vocabulary import SIZES
 from gguf import GGUFReader
-from golden.llama_lib import prompt
-from parts.conftest import Overrides, Reader, divergence, same_bits, several
+from golden.llama_lib import prompt, same_bits
+from parts.conftest import Overrides, Reader, divergence, several
 
 from rq_gguf.errors import UserError
 from rq_gguf.format import KEY_LOAD
 from rq_gguf.placement.pack import pack
 from rq_gguf.runtime.tools import run_tool
-from rq_gguf.writing.convert import convert_base
 
 pytestmark = pytest.mark.runtime
 
@@ -45,12 +44,9 @@ def test_the_bits_and_counts_of_one_device(
 def test_families(family: str, tmp_path: Path, reader: Reader) -> None:
     """Biases, merged or scaled gates, weights that come first, groups, dense layers, eight experts per token."""
     case = next(c for c in CASES if c.model_type == family)
-    save_model(case, tmp_path / "model")
-    convert_base(tmp_path / "model", tmp_path / "base.gguf", progress=False)
-    run_tool(["llama-quantize", tmp_path / "base.gguf", tmp_path / "f32.gguf", "F32", "2"])
-    steps = family_steps(SIZES[case.vocabulary], 5)
-    whole = reader.read(tmp_path / "f32.gguf", steps, 1, precise=True)
-    divided = reader.read(tmp_path / "f32.gguf", steps, 2, BY_DEVICE, precise=True)
+    model, steps = stock_file(case, tmp_path, "F32"), family_steps(SIZES[case.vocabulary], 5)
+    whole = reader.read(model, steps, 1, precise=True)
+    divided = reader.read(model, steps, 2, BY_DEVICE, precise=True)
     assert divergence(whole.logits, divided.logits) < MOST_DIFFERENT
     assert any("device" in c for c in reader.counts)
 
