@@ -1,6 +1,8 @@
 """Experts by device: the logits and counts of one device, and experts where the packing says."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from families.check import stock_file
 from families.vocabulary import SIZES
 from gguf import GGUFReader
 from golden.llama_lib import prompt, same_bits
+from numpy.typing import NDArray
 from parts.conftest import Overrides, Reader, divergence, several
 
 from rq_gguf.errors import UserError
@@ -56,18 +59,37 @@ def test_without_mapping(stock_demo: Path, reader: Reader, tokens: list[int]) ->
     assert same_bits(reader.read(stock_demo, steps, 1), reader.read(stock_demo, steps, 2, BY_DEVICE, mmap=False))
 
 
+def packed_by(file: GGUFReader, layer: dict[str, Any], load: NDArray[np.float32], n_devices: int) -> bool:
+    """Whether a layer's experts are where rq_gguf.placement.pack puts them. layer: of Reader.counts."""
+    rows = next(t for t in file.tensors if t.name == f"blk.{layer['layer']}.ffn_log2phy").data[0]  # of gate and up
+    placed = pack(load, rows[:, 0].astype(np.int64), n_devices)
+    return [layer["device"][p] for row in rows for p in row[1 : 1 + row[0]]] == placed.devices.tolist()
+
+
+def loads(file: GGUFReader, layer: dict[str, Any]) -> NDArray[np.float32]:
+    return np.array(file.fields[KEY_LOAD.format(layer=layer["layer"])].contents(), dtype=np.float32)
+
+
 @pytest.mark.parametrize("n_devices", [2, 3])
 def test_experts_are_packed_by_load(n_devices: int, tiered_demo: Path, reader: Reader, tokens: list[int]) -> None:
     """As rq_gguf.placement.pack does."""
     reader.read(tiered_demo, [prompt(tokens[:400])], n_devices, BY_DEVICE)
     file = GGUFReader(tiered_demo)
-    tensors = {t.name: t for t in file.tensors}
-    for layer in reader.counts:
-        load = np.array(file.fields[KEY_LOAD.format(layer=layer["layer"])].contents(), dtype=np.float32)
-        rows = tensors[f"blk.{layer['layer']}.ffn_log2phy"].data[0]  # of gate and up
-        placed = pack(load, rows[:, 0].astype(np.int64), n_devices)
-        devices = [layer["device"][p] for row in rows for p in row[1 : 1 + row[0]]]
-        assert devices == placed.devices.tolist()
+    assert all(packed_by(file, layer, loads(file, layer), n_devices) for layer in reader.counts)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0, float("inf")])
+def test_loads_that_cannot_be(value: float, tiered_demo: Path, reader: Reader, tokens: list[int], tmp_path: Path) -> None:
+    """One of them in a layer's loads, and all its experts count alike."""
+    spoilt = tmp_path / "spoilt.gguf"
+    shutil.copyfile(tiered_demo, spoilt)
+    file = GGUFReader(spoilt, "r+")
+    for name, field in file.fields.items():
+        if name.startswith("rq.blk.") and name.endswith(".load"):
+            field.parts[field.data[1]][:] = value
+    file.data.flush()
+    reader.read(spoilt, [prompt(tokens[:60])], 2, BY_DEVICE)
+    assert all(packed_by(file, layer, np.ones_like(loads(file, layer)), 2) for layer in reader.counts)
 
 
 def test_one_device_has_nothing_to_divide(stock_demo: Path, reader: Reader, tokens: list[int]) -> None:
