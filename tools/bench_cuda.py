@@ -20,11 +20,13 @@ bench     rounds over all files in random order; llama-bench for tg128, pp512 an
           sequences. A file's ratio is its speed over that of stock files whose times are weighted by the share of expert selections that
           each type serves (counted by the patched llama.cpp). Medians over the rounds, a ratio's standard error by bootstrap. With
           `--gpus N` that many rounds run at a time.
+          With `--rpc` the GPU is behind a server of llama.cpp's RPC on this machine, of the same build as the program.
 Everything measured goes to OUT/bench_cuda.json, the tables to the terminal, OUT/bench_cuda.md and OUT/profile.md.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import csv
 import itertools
 import json
@@ -62,9 +64,10 @@ from rq_gguf.format import (
     map_name,
     tier_name,
 )
+from rq_gguf.runtime.rpc import Server, rpc_server
 
 STEPS = ("build", "files", "ops", "sanitize", "profile", "experts", "bench")
-PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-perplexity", "test-backend-ops")
+PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-perplexity", "test-backend-ops", "ggml-rpc-server")
 SEQUENCES = (2, 4, 8, 32)
 COPIES = (0, 4, 16)
 LADDER = ("Q8_0", "Q6_K", "Q4_K", "Q3_K")
@@ -197,7 +200,7 @@ def compile_tree(tree: Path, bin_dir: Path, arch: str, jobs: int, log: Path) -> 
     folder = tree.parent / f"build-{tree.name}"
     if not (folder / "CMakeCache.txt").exists():
         off = [f"-D{o}=OFF" for o in ("GGML_CUDA_FA", "BUILD_SHARED_LIBS", "LLAMA_OPENSSL", "LLAMA_BUILD_SERVER", "LLAMA_BUILD_EXAMPLES")]
-        on = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={arch}"]
+        on = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_RPC=ON", "-DGGML_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={arch}"]
         ninja = ["-G", "Ninja"] if shutil.which("ninja") else []  # compiles across targets, where make waits for one after another
         run(["cmake", *ninja, "-S", tree, "-B", folder, *on, *off], log)
     run(["cmake", "--build", folder, "-j", str(jobs), "--target", *PROGRAMS], log)
@@ -470,10 +473,23 @@ def file_speeds(
     return speeds | {f"{n} seq": speed for n, speed in batched_speeds(printed).items()}
 
 
-def bench_once(v: Variant, build_name: str, work: Path, out: Path, repetitions: int, gpu: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Setting:
+    """What is run alike for every file."""
+
+    repetitions: int
+    sequences: tuple[int, ...]
+    servers: Mapping[str, Server] = field(default_factory=dict)
+    """RPC servers by build, which then have the GPU."""
+
+
+def bench_once(v: Variant, build_name: str, work: Path, out: Path, setting: Setting, gpu: int) -> dict[str, float]:
     """Tokens per second by test."""
-    env = {"CUDA_VISIBLE_DEVICES": str(gpu)}
-    return file_speeds(work / f"bin-{build_name}", file_of(v, work), out / f"bench-{gpu}.log", repetitions, SEQUENCES, env=env)
+    server = setting.servers.get(build_name)
+    env = {"CUDA_VISIBLE_DEVICES": "" if server else str(gpu)}
+    rpc = ("--rpc", server.endpoint) if server else ()
+    programs, log = work / f"bin-{build_name}", out / f"bench-{gpu}.log"
+    return file_speeds(programs, file_of(v, work), log, setting.repetitions, setting.sequences, bench=rpc, batched=rpc, env=env)
 
 
 def medians(samples: Sequence[float]) -> NDArray[np.float64]:
@@ -503,7 +519,7 @@ def key(v: Variant) -> str:
 
 
 def table(wanted: Sequence[Variant], results: Mapping[str, Measured]) -> str:
-    tests = ["tg128", *(f"{n} seq" for n in SEQUENCES), "pp512", "pp2048"]
+    tests = sorted(results[key(wanted[0])].samples, key=lambda test: (test.startswith("pp"), not test.startswith("tg")))
     rows = [["file", *tests], ["---"] * (len(tests) + 1)]
     for v in wanted:
         r = results[key(v)]
@@ -518,7 +534,7 @@ def table(wanted: Sequence[Variant], results: Mapping[str, Measured]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def bench(shape: Shape, work: Path, out: Path, wanted: Sequence[Variant], rounds: int, repetitions: int, seconds: float, gpus: int) -> str:
+def bench(shape: Shape, work: Path, out: Path, wanted: Sequence[Variant], rounds: int, setting: Setting, seconds: float, gpus: int) -> str:
     jobs = [(v, v.build, key(v)) for v in wanted] + [(v, "patched", f"{v.name}, patched build") for v in wanted if not v.tiered]
     results = {name: Measured() for _, _, name in jobs}
     for v in wanted:
@@ -534,7 +550,7 @@ def bench(shape: Shape, work: Path, out: Path, wanted: Sequence[Variant], rounds
                 print(f"GPU {gpu}: {done} rounds", file=sys.stderr)
                 break
             for v, build_name, name in random.sample(jobs, len(jobs)):
-                speeds = bench_once(v, build_name, work, out, repetitions, gpu)
+                speeds = bench_once(v, build_name, work, out, setting, gpu)
                 with lock:
                     for test, speed in speeds.items():
                         results[name].samples.setdefault(test, []).append(speed)
@@ -563,7 +579,9 @@ def main() -> None:
     p.add_argument("--only", help="starts of the names of tiered files to measure, separated by |, with the stock files that they need")
     p.add_argument("--rounds", type=int, default=5, help="on each GPU")
     p.add_argument("--repetitions", type=int, default=15, help="of llama-bench in a round; their median counts")
+    p.add_argument("--sequences", default=",".join(map(str, SEQUENCES)), help="numbers of them in decode")
     p.add_argument("--gpus", type=int, default=1)
+    p.add_argument("--rpc", action="store_true", help="the GPU is behind an RPC server")
     p.add_argument("--seconds", type=float, default=float("inf"), help="fewer rounds, so that they take no longer")
     args = p.parse_args()
 
@@ -599,7 +617,11 @@ def main() -> None:
         (out / "experts.md").write_text(text + "\n")
         print(text, flush=True)
     if "bench" in steps:
-        text = bench(shape, args.work, out, wanted, args.rounds, args.repetitions, args.seconds, args.gpus)
+        with contextlib.ExitStack() as stack:
+            programs = {name: args.work / f"bin-{name}/ggml-rpc-server" for name in ("stock", "patched") if args.rpc}
+            servers = {name: stack.enter_context(rpc_server(program)) for name, program in programs.items()}
+            setting = Setting(args.repetitions, tuple(map(int, args.sequences.split(","))), servers)
+            text = bench(shape, args.work, out, wanted, args.rounds, setting, args.seconds, args.gpus)
         (out / "bench_cuda.md").write_text(text + "\n")
         print(text)
 

@@ -1,9 +1,10 @@
 """Busy experts in VRAM against stock's layout in the same VRAM, and the model of speed beside both.
 
     python tools/bench_vram.py FILE.gguf [FILE.gguf ...] --stock DIR --patched DIR [--parts 10,25,50,75,90] [--threads 16,8,4]
-        [--rounds 3] [--seconds 500] [--vram-bandwidth 2400] [--out DIR]
+        [--sequences 2,4,8] [--rounds 3] [--seconds 500] [--vram-bandwidth 2400] [--out DIR]
 
-DIR: where llama-bench lies. Files are stock GGUFs with routed experts. For each part (per cent) of the experts' bytes: stock llama.cpp
+DIR: where llama-bench lies, and llama-batched-bench for --sequences. Files are stock GGUFs with routed experts (tools/skewed_model.py makes
+some). For each part (per cent) of the experts' bytes: stock llama.cpp
 with `--n-cpu-moe`, as many layers as leave that part in VRAM, and the patched one with LLAMA_EXPERT_VRAM; both also with nothing and with
 all in VRAM. Rounds over everything in random order until about --seconds have passed (one at least); medians count.
 
@@ -29,11 +30,12 @@ from rounds import rounds_before
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rq_gguf.bench.printed import bench_speeds
+from rq_gguf.bench.printed import batched_speeds, bench_speeds
 from rq_gguf.format import parse_expert_name
 from rq_gguf.gguf_file import read_headers
 
-TESTS = ("tg128", "pp512", "pp2048")
+PROMPT, DECODED = 64, 128
+"""Tokens of each sequence with llama-batched-bench."""
 _HITS = re.compile(r"experts in fast memory took ([\d.]+) ?% of the selections in decoding")
 _SPEEDS = re.compile(r"llama_hot: \S+: ram=([^,]+),vram=([^,]+),handover=([^,]+),layer=([^,\s]+)")
 _SPLIT = re.compile(r"experts in fast memory: \d+(?: to \d+)? of \d+ in each of (\d+) layers")
@@ -153,10 +155,9 @@ def read_model(path: Path) -> Model:
     return Model(path, len(layers), used, size, other, read, headers[0].integer(f"{arch}.block_count", len(layers)))
 
 
-def measure(s: Setting, stock: Path, patched: Path, log: Path, into: Measured) -> None:
-    """One run of llama-bench. Raises CalledProcessError."""
-    command = [str((patched if s.ours else stock) / "llama-bench"), "-m", str(s.model.path), "-t", str(s.threads), "-ngl", "99", "-v"]
-    command += ["-p", "512,2048", "-n", "128", "-r", "2", "-o", "json"]
+def run(s: Setting, programs: Path, name: str, options: list[str], log: Path) -> "subprocess.CompletedProcess[str]":
+    """One of llama.cpp's programs as the setting wants it. Raises CalledProcessError."""
+    command = [str(programs / name), "-m", str(s.model.path), "-t", str(s.threads), "-ngl", "99", *options]
     environment = {**os.environ, "LLAMA_ARG_THREADS": str(s.threads)}
     if not s.ours and s.on_cpu:
         command += ["-ncmoe", str(s.on_cpu)]
@@ -168,7 +169,19 @@ def measure(s: Setting, stock: Path, patched: Path, log: Path, into: Measured) -
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
         raise subprocess.CalledProcessError(done.returncode, command)
-    for test, speed in bench_speeds(done.stdout).items():
+    return done
+
+
+def measure(s: Setting, programs: Path, sequences: list[int], log: Path, into: Measured) -> None:
+    """One run of llama-bench, and where there are sequences one of llama-batched-bench. Raises CalledProcessError."""
+    done = run(s, programs, "llama-bench", ["-v", "-p", "512,2048", "-n", "128", "-r", "2", "-o", "json"], log)
+    speeds = bench_speeds(done.stdout)
+    if sequences:
+        options = ["-fit", "off", "-c", str(max(sequences) * (PROMPT + DECODED)), "-npp", str(PROMPT), "-ntg", f"{DECODED},1"]
+        options += ["-npl", ",".join(map(str, sequences)), "--output-format", "jsonl"]
+        printed = run(s, programs, "llama-batched-bench", options, log).stdout
+        speeds |= {f"{n} seq": speed for n, speed in batched_speeds(printed).items()}
+    for test, speed in speeds.items():
         into.speeds.setdefault(test, []).append(speed)
     if s.ours:
         into.found += [Speeds(*(float(x) for x in f)) for f in _SPEEDS.findall(done.stderr)]
@@ -195,13 +208,14 @@ def table(model: Model, threads: int, parts: list[float], results: dict[Setting,
         base, cpu, split = (1 / of(p, ours).median("tg128") for p, ours in ((1.0, False), (0.0, False), (taken, True)))
         found = fit(base, cpu, split, model.layers, left)
     said = [f for s, r in results.items() if (s.model, s.threads) == (model, threads) for f in r.found]
-    head = ["in VRAM", "caught", *(f"{t}: stock, ours" for t in TESTS)]
+    tests = sorted(of(0.0, False).speeds, key=lambda test: (test.startswith("pp"), not test.startswith("tg")))
+    head = ["in VRAM", "caught", *(f"{t}: stock, ours" for t in tests)]
     head += ["predicted tg128: stock, ours", "by the runtime's speeds: layout, stock, ours"]
     lines = [f"{model.path.name}, {threads} threads", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for part in parts:
         stock, ours, left = of(part, False), of(part, True), missed(part)
         row = [f"{100 * part:g} %", "-" if left is None else f"{100 * (1 - left):.0f} %"]
-        row += [f"{stock.median(t):.1f}, {ours.median(t):.1f} ({ours.median(t) / stock.median(t):.2f}x)" for t in TESTS]
+        row += [f"{stock.median(t):.1f}, {ours.median(t):.1f} ({ours.median(t) / stock.median(t):.2f}x)" for t in tests]
         if found is None or left is None:
             row.append("-")
         else:
@@ -253,6 +267,7 @@ def main() -> None:
     p.add_argument("--patched", type=Path, required=True)
     p.add_argument("--parts", default="10,25,50,75,90")
     p.add_argument("--threads", default=str(os.cpu_count() or 1))
+    p.add_argument("--sequences", default="", help="numbers of them to decode at a time, besides one")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--seconds", type=float, default=500)
     p.add_argument("--vram-bandwidth", type=float, default=2400, help="GB/s that the GPU's weights are read at (default 2400)")
@@ -261,11 +276,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     parts = sorted({0.0, 1.0, *(float(x) / 100 for x in args.parts.split(","))})
     models, threads = [read_model(f) for f in args.files], [int(t) for t in args.threads.split(",")]
+    sequences = [int(n) for n in args.sequences.split(",") if n]
     settings = [Setting(m, t, part, ours) for m in models for t in threads for part in parts for ours in (False, True)]
     results = {s: Measured() for s in settings}
     for _ in rounds_before(started + args.seconds, args.rounds):
         for s in random.sample(settings, len(settings)):
-            measure(s, args.stock, args.patched, args.out / "bench_vram.log", results[s])
+            measure(s, args.patched if s.ours else args.stock, sequences, args.out / "bench_vram.log", results[s])
         data = [
             {"file": s.model.path.name, "threads": s.threads, "part": s.part, "ours": s.ours, "hits": r.hits, **r.speeds}
             | {"found": [asdict(f) for f in r.found], "placed": [asdict(f) for f in r.placed]}

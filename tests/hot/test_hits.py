@@ -6,12 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from gguf import GGUFValueType
 from hot.conftest import Reader, hits, reading
 
+from rq_gguf import gguf_file as gg
+from rq_gguf.calibration.record import record
+from rq_gguf.format import KEY_LOAD
 from rq_gguf.runtime.tools import run_tool
 from rq_gguf.writing.convert import convert_base
 
 N_PROMPT, N_MORE = 256, 256
+CALIBRATED = 65536
+"""Tokens, `rq-gguf trace`'s default."""
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +26,25 @@ def stock_lab(shared: Path, runtime: Path, tmp_path_factory: pytest.TempPathFact
     convert_base(shared / "models" / "lab", folder / "base.gguf", progress=False)
     run_tool(["llama-quantize", "--tensor-type", "_exps=q4_K", folder / "base.gguf", folder / "stock.gguf", "Q8_0", "2"])
     return folder / "stock.gguf"
+
+
+@pytest.fixture(scope="session")
+def lab_with_loads(stock_lab: Path, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stock file with the shares of the calibration text stored in it."""
+    folder = tmp_path_factory.mktemp("loads")
+    text = (shared / "data" / "calibration.txt").read_text(encoding="utf-8")
+    trace = record(shared / "models" / "lab", text, tokens=CALIBRATED, device="cpu", work=folder, max_memory=None)
+    chosen = zip(trace.layers, trace.selections() / (trace.n_tokens * trace.n_expert_used), strict=True)
+    loads = {KEY_LOAD.format(layer=layer): gg.numbers(GGUFValueType.FLOAT32, share.tolist()) for layer, share in chosen}
+    stock = gg.read_header(stock_lab)
+    head, placed = gg.build_header(stock.values | loads, stock.tensors.values())
+    data = stock_lab.read_bytes()
+    with (folder / "loads.gguf").open("wb") as file:
+        file.write(head)
+        for before, after in zip(stock.tensors.values(), placed, strict=True):
+            file.seek(after.offset)
+            file.write(data[before.offset : before.offset + before.n_bytes])
+    return folder / "loads.gguf"
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +69,17 @@ def test_a_stock_file_follows_the_text(
     found = [hits(read(stock_lab, reading(tokens, N_PROMPT), {"rq.vram": part})).decoding for tokens in domains()]
     print(f"{part}: {np.mean(found):.1f} % of the selections in decoding; by subject {found}")
     assert np.mean(found) >= least
+
+
+@pytest.mark.slow
+@pytest.mark.runtime
+@pytest.mark.parametrize(("part", "least"), [("25%", 48), ("50%", 72)])
+def test_the_busiest_by_stored_shares(
+    part: str, least: float, lab_with_loads: Path, domains: Callable[[], list[list[int]]], read: Reader
+) -> None:
+    """A set that stays as it is."""
+    settings = {"rq.vram": part, "rq.vram_adapt": False}
+    found = [hits(read(lab_with_loads, reading(tokens, N_PROMPT), settings)) for tokens in domains()]
+    caught = [hit.decoding for hit in found]
+    print(f"{part}: {np.mean(caught):.1f} % of the selections in decoding; by subject {caught}")
+    assert np.mean(caught) >= least and not any(hit.exchanged for hit in found)

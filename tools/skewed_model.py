@@ -1,0 +1,92 @@
+"""Write a file of random weights whose router prefers some experts as much as wanted, for tools/bench_vram.py.
+
+    python tools/skewed_model.py OUT.gguf --programs DIR [--shape olmoe] [--layers 16] [--type Q8_0] [--caught 60,83]
+
+The first experts are the busiest, in every layer: the rows of the router get shorter from expert to expert, row e by
+exp(-A (e / (E - 1))^B), B 0.2, and a longer row is more often among the highest. A is searched for, until decoding with DIR's (patched)
+llama-bench counts the wanted per cent of the selections in the first quarter and the first half of the experts, the mean error of the two
+nought. What A gives depends on the weights' type, which is why it is counted. The default is what a set that follows the text catches on
+the 32-expert model (docs/vram.md). Attention is that of architecture `olmoe` in every case.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+from bench_cuda import SHAPES, Variant, write_file
+from numpy.typing import NDArray
+
+POWER = 0.2
+MOST, STEPS, CLOSE = 8.0, 8, 0.3
+"""The largest A, tries, and per cent off the wanted at which one is taken."""
+
+
+def lengths(n_expert: int, a: float) -> NDArray[np.float32]:
+    """Of the router's rows by expert."""
+    return np.exp(-a * (np.arange(n_expert) / (n_expert - 1)) ** POWER).astype(np.float32)
+
+
+def catch(layers: list[list[int]]) -> tuple[float, float]:
+    """Per cent of the selections in the first quarter and half of the experts. layers: selections by layer and expert."""
+    counted = np.asarray(layers, dtype=np.float64)
+    n = counted.shape[1]
+    return tuple(100 * float(counted[:, :k].sum() / counted.sum()) for k in (n // 4, n // 2))  # type: ignore[return-value]
+
+
+def search(error: Callable[[float], float], most: float, steps: int, close: float) -> float:
+    """Where a rising error is nought between 0 and most, by halving. Raises ValueError where its sign does not change."""
+    low, high = 0.0, most
+    if error(high) < 0:
+        raise ValueError(f"{most} is not enough")
+    for _ in range(steps):
+        a = (low + high) / 2
+        found = error(a)
+        if abs(found) < close:
+            break
+        low, high = (low, a) if found > 0 else (a, high)
+    return a
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("out", type=Path)
+    p.add_argument("--programs", type=Path, required=True)
+    p.add_argument("--shape", choices=SHAPES, default="olmoe")
+    p.add_argument("--layers", type=int, default=16)
+    p.add_argument("--vocabulary", type=int, default=50304)
+    p.add_argument("--type", default="Q8_0")
+    p.add_argument("--caught", default="60,83")
+    args = p.parse_args()
+    wanted = [float(x) for x in args.caught.split(",")]
+    shape = replace(SHAPES[args.shape], n_layer=args.layers, n_vocab=args.vocabulary)
+    if not args.out.exists():
+        write_file(Variant("", (args.type,), tiered=False), shape, args.out)
+    file = gguf.GGUFReader(args.out, "r+")
+    routers = [t.data for t in file.tensors if t.name.endswith("ffn_gate_inp.weight")]
+    rows = [r / np.linalg.norm(r, axis=1, keepdims=True) * np.float32(0.02 * shape.n_embd**0.5) for r in routers]
+
+    def error(a: float) -> float:
+        for router, row in zip(routers, rows, strict=True):
+            router[:] = row * lengths(shape.n_expert, a)[:, None]
+        file.data.flush()
+        with tempfile.TemporaryDirectory() as folder:
+            counts = Path(folder, "counts.json")
+            command = [args.programs / "llama-bench", "-m", args.out, "-ngl", "99", "-p", "0", "-n", "128", "-r", "1"]
+            subprocess.run(command, check=True, capture_output=True, env={**os.environ, "LLAMA_EXPERT_COUNTS": str(counts)})
+            found = catch([layer["logical"] for layer in json.loads(counts.read_text())["layers"]])
+        print(f"{args.out.name}: A {a:.3f}: {found[0]:.1f} and {found[1]:.1f} % of the selections", file=sys.stderr, flush=True)
+        return (found[0] - wanted[0] + found[1] - wanted[1]) / 2
+
+    search(error, MOST, STEPS, CLOSE)
+
+
+if __name__ == "__main__":
+    main()
