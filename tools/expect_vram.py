@@ -10,6 +10,7 @@ rq_gguf/vram/machine.py.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,8 @@ MEASURED = {
     "q4_k": ({0: 599, 8: 150, 12: 117, 16: 89}, {0.63: 113, 0.50: 134, 0.26: 196}),
 }
 """OLMoE-1B-7B's shape with random weights on `h100-16-cores`, tokens per second of one sequence, by type of all experts: layers on the CPU
--> stock llama.cpp; part of the selections left to the CPU -> a prototype with busy experts in VRAM. Middles of several runs."""
+-> stock llama.cpp; part of the selections left to the CPU -> a prototype with busy experts in VRAM, in which the CPU waits for the GPU.
+Middles of several runs."""
 
 
 def shares(n_expert: int, n_used: int, even: bool) -> NDArray[np.float64]:
@@ -101,7 +103,7 @@ def machines() -> list[str]:
 
 def beside_measured() -> list[tuple[str, str, float, float]]:
     """(type, what is on the CPU, predicted, measured), in tokens per second."""
-    machine, m = MACHINES["h100-16-cores"], chosen()[0]
+    machine, m = replace(MACHINES["h100-16-cores"], overlap=False), chosen()[0]
     rows = []
     for kind, (stock, split) in MEASURED.items():
         even = uniform_experts(m.expert, kind, np.full((m.moe_layers, m.expert.n_expert), 1 / m.expert.n_expert), 8, machine)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Busy experts in fast memory under ThreadSanitizer, or AddressSanitizer and UndefinedBehaviorSanitizer: prompts, decoding and exchanges on
-# a device behind RPC, several contexts and models at a time, and too little memory (tests/hot/cpp/exchange.cpp). Needs `rq-gguf runtime
+# a device behind RPC, several contexts and models at a time, and too little memory (tests/hot/cpp/exchange.cpp); on a device that works
+# beside the CPU on a thread of its own (tests/hot/cpp/overlap.cpp). Needs `rq-gguf runtime
 # install` (for the source) and .venv; a quarter of an hour on 2 cores the first time. Fails on any finding but three in llama.cpp's own RPC:
 # a device remembers the last graph without a lock, so two contexts must not use it at the same time; a server reads messages from
 # addresses that are not aligned; what a client registers is never freed (leaks are not looked for).
@@ -29,8 +30,10 @@ cmake -S "$source_dir" -B "$build" -G "$generator" -DCMAKE_BUILD_TYPE=RelWithDeb
     -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DCMAKE_C_COMPILER_LAUNCHER="$launcher" -DCMAKE_CXX_COMPILER_LAUNCHER="$launcher" \
     >"$build.log" 2>&1 || { tail -n 20 "$build.log" >&2; exit 1; }
 cmake --build "$build" --target llama ggml-rpc -j "$(nproc)" >>"$build.log" 2>&1 || { tail -n 20 "$build.log" >&2; exit 1; }
-c++ -std=c++17 -O1 -g1 "-fsanitize=$sanitizers" -I "$source_dir/include" -I "$source_dir/ggml/include" -I "$source_dir/ggml/src" \
-    tests/hot/cpp/exchange.cpp -o "$build/bin/exchange" -L "$build/bin" -Wl,-rpath,"$build/bin" -lllama -lggml-rpc -lggml -lggml-cpu -lggml-base -lpthread
+for program in exchange overlap; do
+    c++ -std=c++17 -O1 -g1 "-fsanitize=$sanitizers" -I "$source_dir/include" -I "$source_dir/ggml/include" -I "$source_dir/ggml/src" \
+        "tests/hot/cpp/$program.cpp" -o "$build/bin/$program" -L "$build/bin" -Wl,-rpath,"$build/bin" -lllama -lggml-rpc -lggml -lggml-cpu -lggml-base -lpthread
+done
 
 work=$(mktemp -d)
 export LLAMA_CACHE=$work/cache
@@ -49,6 +52,10 @@ until (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do kill -0 $device; slee
 for name in "${cases[@]}"; do
     echo "$name"
     "$build/bin/exchange" "$model" "$port" "$work/memory" "$name" 2>"$work/log" || { cat "$work/log" "$work/device" >&2; exit 1; }
+done
+for works in order thread; do
+    echo "overlap, $works"
+    "$build/bin/overlap" "$works" "$model" 2>"$work/log" || { cat "$work/log" >&2; exit 1; }
 done
 if grep -q "Sanitizer\|runtime error" "$work/device"; then
     cat "$work/device" >&2

@@ -43,7 +43,13 @@ def parse_machine(data: Any, path: Path) -> Machine:
     if unknown:
         raise UserError(f"{path}: {unknown[0]} is no field of a machine; these are {', '.join(known)}")
     values: dict[str, Any] = {"name": path.stem}
-    readers: dict[str, Callable[[Path, str, Any], Any]] = {"name": _text, "type_cost": _costs, "vram": _size, "ram": _size}
+    readers: dict[str, Callable[[Path, str, Any], Any]] = {
+        "name": _text,
+        "type_cost": _costs,
+        "vram": _size,
+        "ram": _size,
+        "overlap": _truth,
+    }
     for name, f in known.items():
         if name in data:
             values[name] = readers.get(name, _number)(path, name, data[name])
@@ -55,6 +61,12 @@ def parse_machine(data: Any, path: Path) -> Machine:
 def _text(path: Path, name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip() or len(value) > 100:
         raise UserError(f"{path}: {name} must be a text of at most 100 characters")
+    return value
+
+
+def _truth(path: Path, name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{path}: {name} must be true or false, not {json.dumps(value)[:40]}")
     return value
 
 

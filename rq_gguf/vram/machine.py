@@ -27,6 +27,8 @@ class Machine:
     """Bytes of the card, 0 where that does not matter."""
     ram: int = 0
     """Bytes of RAM, 0 where that does not matter."""
+    overlap: bool = True
+    """The CPU and the GPU compute their parts of a layer at the same time, as the runtime has it unless `rq.vram_overlap` says no."""
     type_cost: dict[str, float] = field(default_factory=dict)
     """ggml type -> how many times longer a byte of it takes the CPU, where arithmetic and not memory is the limit; 1 for others."""
 
@@ -70,7 +72,7 @@ MACHINES = {
         # RTX 4090, DDR5-6000 in two channels, PCIe 4.0 x16.
         _example("24gb", 24, 1008, 96, 31.5, 60),
         # Measured: experts of Q8_0 at 66 GB/s, of Q4_K at 50 GB/s, on 16 cores of a server.
-        Machine("h100-16-cores", 66e9, 2400e9, 100e-6, 10.8e9, 56e12, 85e-6, 80 * GIB, 0, {"q4_k": 1.32}),
+        Machine("h100-16-cores", 66e9, 2400e9, 100e-6, 10.8e9, 56e12, 85e-6, 80 * GIB, 0, type_cost={"q4_k": 1.32}),
     )
 }
 """Examples by name: a desktop for each size of card, and the server on which the project's figures of decoding were measured."""

@@ -4,7 +4,11 @@ A step decodes one token of each of n sequences. On the GPU it takes the bytes o
 bandwidth, and `Machine.gpu_layer` per layer. A layer's routed experts take
 
     all in VRAM                 the distinct experts' bytes / VRAM bandwidth
-    any other number of slots   handover + those held / VRAM bandwidth + the others / RAM bandwidth, one after the other
+    any other number of slots   handover + those held / VRAM bandwidth + the others / RAM bandwidth
+
+the last two at the same time: what counts is the longer one, in the mean over tokens. A token's selections are taken to miss the slots
+independently of each other, so with one expert per token nothing overlaps, and with many nearly all of the shorter part is gained. For
+several sequences the longer of the two means is taken; where `Machine.overlap` is false, the sum.
 
 Expert e is among those that n tokens pick with probability 1 - (1 - k share[e])^n (tokens that pick independently). The slots hold the
 experts with the largest shares. For one sequence the runtime's set follows the text and misses less than that: `Missed` says how much.
@@ -18,7 +22,7 @@ A prompt goes through the GPU in batches; experts that it needs and VRAM does no
 
     2 x active weights x tokens / compute + per layer that is not whole: handover + bytes of its used experts without a slot / PCIe
 
-Not counted: the KV cache's bytes (a long context), the vocabulary's sampling, and CPU and GPU working at the same time.
+Not counted: the KV cache's bytes (a long context) and the vocabulary's sampling.
 """
 
 from dataclasses import dataclass
@@ -155,10 +159,32 @@ def decode_table(experts: Experts, rest: Rest, machine: Machine, power: float, s
         wanted = share**power
         slow = slow * _over(wanted, share)
         fast = fast * _over(1 - wanted, 1 - share)
-    layer = slow + fast + machine.handover
-    layer[:, -1] -= machine.handover
+    if not machine.overlap:
+        layer = slow + fast
+    elif sequences == 1:
+        layer = longer(slow, fast, wanted, experts.n_used)
+    else:
+        layer = np.maximum(slow, fast)
+    layer[:, :-1] += machine.handover
     base = rest.bytes / machine.vram_bandwidth + rest.layers * machine.gpu_layer
     return Table(_mixed(_before(experts, experts.bytes)), base + _mixed(layer))
+
+
+def longer(slow: Floats, fast: Floats, chance: Floats, n: int) -> Floats:
+    """Mean of the longer one of two parts among which n selections are dealt out, each to the slow part with this chance.
+
+    slow, fast: means of the parts; all of one shape.
+    """
+    count = np.zeros((*chance.shape, n + 1))  # chance of 0, 1, ... n in the slow part
+    count[..., 0] = 1.0
+    p = chance[..., None]
+    for _ in range(n):
+        count[..., 1:] = count[..., 1:] * (1 - p) + count[..., :-1] * p
+        count[..., :1] *= 1 - p
+    each_slow = np.where(chance > 0, slow / np.where(chance > 0, n * chance, 1.0), 0.0)[..., None]
+    each_fast = np.where(chance < 1, fast / np.where(chance < 1, n * (1 - chance), 1.0), 0.0)[..., None]
+    of_slow = np.arange(n + 1)
+    return np.asarray((count * np.maximum(of_slow * each_slow, (n - of_slow) * each_fast)).sum(axis=-1))
 
 
 def prompt_table(experts: Experts, rest: Rest, machine: Machine, tokens: int = PROMPT_BATCH) -> Table:

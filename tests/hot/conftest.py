@@ -1,6 +1,7 @@
 """A server on this machine as a second device, and what llama.cpp gives with some of the experts on it."""
 
 import re
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,10 @@ import pytest
 from golden.llama_lib import Job, Result, Step, prompt, run
 from local_servers import cpu_device
 
+from rq_gguf.runtime.build import find_compiler
+from rq_gguf.runtime.tools import source_path
+
+HERE = Path(__file__).resolve().parent
 HITS = re.compile(r"fast memory took ([0-9.]+|-)(?: %)? of the selections in decoding, ([0-9.]+|-)(?: %)? in prompts; (\d+) exchanged")
 
 
@@ -33,6 +38,22 @@ def hits(result: Result) -> Hits:
 def reading(tokens: Sequence[int], n_prompt: int) -> list[Step]:
     """A prompt, then its continuation token by token."""
     return [prompt(tokens[:n_prompt]), *(Step((t,), (n_prompt + i,), (0,)) for i, t in enumerate(tokens[n_prompt:]))]
+
+
+def linked(name: str, runtime: Path, folder: Path) -> Path:
+    """A program of cpp/ that uses the runtime's libraries, compiled. Skips without a compiler."""
+    compiler = find_compiler()
+    if not compiler:
+        pytest.skip("needs a C++ compiler")
+    source, out = source_path().parent, folder / name
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *(f"-I{source / d}" for d in ("include", "ggml/include", "ggml/src"))]
+    libraries = [
+        f"-L{runtime}",
+        f"-Wl,-rpath,{runtime}",
+        *(f"-l{n}" for n in ("llama", "ggml-rpc", "ggml", "ggml-cpu", "ggml-base", "pthread")),
+    ]
+    subprocess.run([*compiler, *flags, HERE / "cpp" / f"{name}.cpp", "-o", out, *libraries], check=True)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,8 @@ def random_case(rng: np.random.Generator) -> tuple[Experts, Machine, Table, floa
     shares = np.sort(rng.gamma(rng.uniform(0.3, 5), size=(n_layers, n_expert)).astype(np.float32) + np.float32(1e-4), axis=1)
     shares = (shares / shares.sum(axis=1, keepdims=True)).astype(np.float32).astype(np.float64)
     size = np.repeat(rng.integers(1_000_000, 9_000_000, n_layers), n_expert).reshape(n_layers, n_expert).astype(np.float64)
-    machine = Machine("random", rng.uniform(2e10, 9e10), rng.uniform(1e11, 2e12), rng.choice([0.0, 4e-5, 4e-4]), 1e10, 1e13)
+    speeds = (rng.uniform(2e10, 9e10), rng.uniform(1e11, 2e12), rng.choice([0.0, 4e-5, 4e-4]), 1e10, 1e13)
+    machine = Machine("random", *speeds, overlap=bool(rng.integers(2)))
     experts = Experts(size, size / machine.ram_bandwidth, size / machine.vram_bandwidth, shares, n_used)
     return experts, machine, decode_table(experts, Rest(0, 0, 0.0), machine, TYPICAL.adapted), float(int(rng.uniform(0, 1.05) * size.sum()))
 
@@ -47,7 +48,7 @@ def test_the_same_choice_as_the_model_of_speed(build: Callable[[str], Path]) -> 
         for mode in (FASTEST, SLOTS, LAYERS):
             speeds = f"{float(machine.handover)!r} {float(1 / machine.vram_bandwidth)!r}"
             text.append(f"{n_layers} {n_expert} {experts.n_used} {TYPICAL.adapted} {speeds}")
-            text.append(f"{room} {mode} 1")
+            text.append(f"{room} {mode} 1 {int(machine.overlap)}")
             columns = (experts.bytes, experts.ram_seconds, experts.shares)
             text += [" ".join(repr(float(c[i, e])) for c in columns) for i in range(n_layers) for e in range(n_expert)]
     done = subprocess.run([build("choose")], input="\n".join(text), capture_output=True, text=True, check=True)

@@ -6,31 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hot.conftest import linked
 from local_servers import free_port, serving
 
-from rq_gguf.runtime.build import find_compiler
-from rq_gguf.runtime.tools import source_path
-
 pytestmark = pytest.mark.runtime
-
-HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="module")
 def program(runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """exchange.cpp, compiled."""
-    compiler = find_compiler()
-    if not compiler:
-        pytest.skip("needs a C++ compiler")
-    source, out = source_path().parent, tmp_path_factory.mktemp("exchange") / "exchange"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *(f"-I{source / d}" for d in ("include", "ggml/include", "ggml/src"))]
-    libraries = [
-        f"-L{runtime}",
-        f"-Wl,-rpath,{runtime}",
-        *(f"-l{n}" for n in ("llama", "ggml-rpc", "ggml", "ggml-cpu", "ggml-base", "pthread")),
-    ]
-    subprocess.run([*compiler, *flags, HERE / "cpp" / "exchange.cpp", "-o", out, *libraries], check=True)
-    return out
+    return linked("exchange", runtime, tmp_path_factory.mktemp("exchange"))
 
 
 @pytest.fixture

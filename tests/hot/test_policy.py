@@ -19,8 +19,9 @@ def compiled(folder: Path, test: str, sources: tuple[str, ...]) -> Path:
         pytest.skip("git takes the source out of the series, a compiler builds it")
     if not (folder / "src").is_dir():
         subprocess.run([git, "init", "-q", folder], check=True)
-        patch = next(p for p in sorted(series_dir().glob("*.patch")) if "b/src/llama-hot-policy.cpp" in p.read_text(encoding="utf-8"))
-        subprocess.run([git, "apply", "--include=src/llama-hot-*", patch], cwd=folder, check=True)
+        for patch in sorted(series_dir().glob("*.patch")):
+            if "b/src/llama-hot-" in patch.read_text(encoding="utf-8"):
+                subprocess.run([git, "apply", "--include=src/llama-hot-*", patch], cwd=folder, check=True)
     files = [HERE / "cpp" / f"{test}.cpp", *(folder / "src" / f"{name}.cpp" for name in sources)]
     flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined", "-I", folder / "src"]
     subprocess.run([*compiler, *flags, *files, "-o", folder / test], check=True)

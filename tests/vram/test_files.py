@@ -24,6 +24,7 @@ def test_examples_and_files(tmp_path: Path) -> None:
     assert find_machine("8gb") is MACHINES["8gb"]
     machine = find_machine(written(tmp_path, LEAST | {"vram": "8GiB", "ram": 10**10, "type_cost": {"q4_k": 1.5}}))
     assert (machine.name, machine.vram, machine.ram, machine.gpu_layer) == ("mine", 8 << 30, 10**10, 60e-6)
+    assert machine.overlap and not find_machine(written(tmp_path, LEAST | {"overlap": False})).overlap
     assert machine.ram_seconds("q4_k", 4e10) == 1.5 and machine.ram_seconds("q8_0", 4e10) == 1.0
 
 
@@ -40,6 +41,7 @@ def test_examples_and_files(tmp_path: Path) -> None:
         (LEAST | {"ram_bandwidth": True}, "ram_bandwidth must be"),
         (LEAST | {"ram_bandwidth": 1e300}, "ram_bandwidth must be"),
         (json.dumps(LEAST).replace("40000000000.0", "NaN"), "ram_bandwidth must be"),
+        (LEAST | {"overlap": 1}, "overlap must be true or false, not 1"),
         (LEAST | {"vram": "much"}, "vram must be bytes, or a size"),
         (LEAST | {"vram": []}, "vram must be"),
         (LEAST | {"name": ""}, "name must be a text"),

@@ -19,6 +19,7 @@ from rq_gguf.vram.speed import (
     chances,
     decode_table,
     held,
+    longer,
     missed,
     prompt_table,
     reads,
@@ -47,14 +48,35 @@ def test_a_step_by_hand() -> None:
     # A set that follows the text misses a quarter instead of a half.
     assert decode_table(*two_layers(), HAND, power=2.0).at(Layout(0, 1)) == pytest.approx(3.5 + 2 * (1 + 0.75 * 0.6 + 0.25 * 6))
     assert missed(two_layers()[0])[0].tolist() == [1, 0.5, 0.25, 0]
+    # With one expert per token the CPU and the GPU never have something to do at the same time.
+    apart = decode_table(*two_layers(), replace(HAND, overlap=False), power=2.0)
+    assert apart.seconds == pytest.approx(decode_table(*two_layers(), HAND, power=2.0).seconds)
+
+
+def test_two_parts_at_the_same_time_by_hand() -> None:
+    """Of two experts per token neither, one or both are in RAM, with 1/4, 1/2 and 1/4; each takes 6 s there, 1 s in VRAM."""
+    assert longer(np.array([6.0]), np.array([1.0]), np.array([0.5]), 2) == pytest.approx([(2 + 2 * 6 + 12) / 4])
+    ends = longer(np.array([12.0, 0.0]), np.array([0.0, 2.0]), np.array([1.0, 0.0]), 2)
+    assert ends.tolist() == [12, 2]
+    many = longer(np.array([6.0]), np.array([1.0]), np.array([0.5]), 1000)
+    assert many == pytest.approx([6], rel=1e-6)  # nothing of the shorter part remains
+
+
+@given(st.floats(0, 1), st.floats(0, 9), st.floats(0, 9), st.integers(1, 12))
+def test_the_longer_part_is_no_less_than_both_and_no_more_than_their_sum(chance: float, slow: float, fast: float, n: int) -> None:
+    slow, fast = slow * (chance > 0), fast * (chance < 1)  # a part that nothing falls to takes no time
+    mean = float(longer(np.array(slow), np.array(fast), np.array(chance), n))
+    assert max(slow, fast) - 1e-9 <= mean <= slow + fast + 1e-9
 
 
 def test_several_sequences_by_hand() -> None:
     """Two tokens pick an expert of share 0.5 with 0.75, one of 0.25 with 0.4375."""
     experts, rest = two_layers()
     assert chances(experts, 2)[0].tolist() == [0.75, 0.4375, 0.4375]
+    apart = decode_table(experts, rest, replace(HAND, overlap=False), power=2.0, sequences=2)
+    assert apart.at(Layout(0, 1)) == pytest.approx(3.5 + 2 * (1 + 0.75 * 0.6 + 0.875 * 6))
     table = decode_table(experts, rest, HAND, power=2.0, sequences=2)
-    assert table.at(Layout(0, 1)) == pytest.approx(3.5 + 2 * (1 + 0.75 * 0.6 + 0.875 * 6))
+    assert table.at(Layout(0, 1)) == pytest.approx(3.5 + 2 * (1 + 0.875 * 6))
 
 
 def test_a_prompt_by_hand() -> None:
@@ -102,6 +124,7 @@ def test_a_set_that_follows_the_text_is_never_slower(model: tuple[Experts, Rest,
     experts, rest, machine = model
     same = np.ones_like(experts.bytes)
     experts = replace(experts, bytes=same, ram_seconds=same, vram_seconds=same / 2)
+    machine = replace(machine, overlap=False)  # else the CPU waits for the GPU where nearly all is held
     static, adapted = (decode_table(experts, rest, machine, power).seconds for power in (TYPICAL.static, TYPICAL.adapted))
     assert (adapted <= static * (1 + 1e-12)).all()
 
@@ -115,4 +138,4 @@ def test_evenly_picked_experts_gain_nothing() -> None:
     share = 0.75 ** np.arange(32)
     skewed = uniform_experts(shape, "q4_k", np.tile(share / share.sum(), (8, 1)), 4, machine)
     speed = measure(skewed, Setting(machine, rest, TYPICAL), 0.5 * even.bytes.sum())
-    assert speed.decode > 1.2 * speed.stock_decode and speed.adapted_hits > speed.hits > 0.9
+    assert speed.decode > 1.2 * speed.stock_decode and speed.adapted_hits > speed.hits > 0.85

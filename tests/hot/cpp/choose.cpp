@@ -1,6 +1,6 @@
 // llama_hot_choose on cases from stdin, for comparison with rq_gguf/vram/speed.py: a case's choice per line.
 //
-// A case: layers, experts, experts per token, power, hand-over, seconds per byte in VRAM, bytes for experts, mode, shares known (0 or 1);
+// A case: layers, experts, experts per token, power, hand-over, seconds per byte in VRAM, bytes for experts, mode, shares known (0 or 1), overlap (0 or 1);
 // then per layer and expert: bytes, seconds on the CPU, share.
 
 #include "llama-hot-choice.h"
@@ -11,10 +11,10 @@
 int main() {
     int64_t n_layers, n_expert, n_used;
     double  power, bytes;
-    int     mode, known;
+    int     mode, known, overlap;
 
     llama_hot_speeds speeds;
-    while (std::cin >> n_layers >> n_expert >> n_used >> power >> speeds.handover >> speeds.vram >> bytes >> mode >> known) {
+    while (std::cin >> n_layers >> n_expert >> n_used >> power >> speeds.handover >> speeds.vram >> bytes >> mode >> known >> overlap) {
         std::vector<llama_hot_costs>         costs(n_layers);
         std::vector<const llama_hot_costs *> each;
         for (auto & c : costs) {
@@ -30,7 +30,7 @@ int main() {
                     layout.share.push_back((float) share);
                 }
             }
-            c = llama_hot_costs_for(layout, ram, speeds, n_used, power);
+            c = llama_hot_costs_for(layout, ram, speeds, n_used, power, overlap);
             each.push_back(&c);
         }
         const llama_hot_choice c = llama_hot_choose(each, (size_t) bytes, (llama_hot_mode) mode);

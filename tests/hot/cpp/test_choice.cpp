@@ -68,6 +68,7 @@ static void test_choices(std::mt19937 & rng) {
     const int64_t n_used   = 1 + rng() % n_expert;
     const int     n_groups = 1 + rng() % 2;
     const int     n_tiers  = 1 + rng() % 3;
+    const bool    overlap  = rng() % 2;
 
     llama_hot_speeds speeds;
     speeds.vram     = 1e-12;
@@ -95,7 +96,7 @@ static void test_choices(std::mt19937 & rng) {
         for (int64_t e = 0; e < n_expert; e++) {
             ram.push_back(layout.bytes(e)/5e10);
         }
-        costs.push_back(llama_hot_costs_for(layout, ram, speeds, n_used, LLAMA_HOT_MISSED_ADAPTED));
+        costs.push_back(llama_hot_costs_for(layout, ram, speeds, n_used, LLAMA_HOT_MISSED_ADAPTED, overlap));
         CHECK((int64_t) costs.back().bytes.size() == n_expert + 1 && costs.back().bytes[0] == 0 && costs.back().bytes[n_expert] == layout.bytes());
         CHECK(costs.back().hits[0] == 0.0 && costs.back().hits[n_expert] == 1.0);
         total += layout.bytes();
@@ -119,8 +120,32 @@ static void test_choices(std::mt19937 & rng) {
     CHECK(llama_hot_choose(each, total, LLAMA_HOT_FASTEST).bytes == total || before < 1e-3);
 }
 
+// two experts of which a token uses both: the busier one's slot is read while the host has the other, 2 s there and 0.25 s here
+static void test_overlap() {
+    llama_hot_layout layout;
+    layout.groups.resize(1);
+    layout.groups[0].bytes = { 1000 };
+    layout.groups[0].tier  = { 0, 0 };
+    layout.share           = { 0.5f, 0.5f };
+
+    llama_hot_speeds speeds;
+    speeds.vram     = 0.25/1000;
+    speeds.handover = 1.0;
+
+    const std::vector<double> ram = { 2.0, 2.0 };
+    const auto seconds = [&](bool overlap) { return llama_hot_costs_for(layout, ram, speeds, 2, 1.0, overlap).seconds; };
+
+    const auto apart = seconds(false);
+    CHECK(std::fabs(apart[0] - 5.0) < 1e-9 && std::fabs(apart[1] - 3.25) < 1e-9 && std::fabs(apart[2] - 0.5) < 1e-9);
+
+    // each is the busier one's with a half, independently: 0, 1 or 2 of them are the host's with 1/4, 1/2 and 1/4
+    const auto both = seconds(true);
+    CHECK(both[0] == apart[0] && std::fabs(both[1] - (1.0 + 0.5/4 + 2.0/2 + 4.0/4)) < 1e-9 && both[2] == apart[2]);
+}
+
 int main() {
     std::mt19937 rng(42);
+    test_overlap();
     test_speeds();
     test_typical_shares();
     for (int i = 0; i < 300; i++) {

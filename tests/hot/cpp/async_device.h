@@ -1,0 +1,222 @@
+#pragma once
+
+// A device that does later what it is asked to do, in order, as on a GPU's stream: on a thread of its own, or as late as can be, when
+// somebody waits for it. Its memory is not the host's for the scheduler, and copies from and to it do not wait for what is under way, as
+// CUDA's on a stream of their own do not. So whoever reads a result too early, or overwrites what is still to be read, gets wrong numbers,
+// and ThreadSanitizer says where.
+
+#include "ggml-backend-impl.h"
+#include "ggml-cpp.h"
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+struct async_device {
+    const char * name;
+    const bool   threaded;
+
+    ggml_backend_device dev = {};
+    ggml_backend_reg    reg = {};
+    ggml_backend_buffer_type buft = {};
+
+    ggml_backend_ptr                  cpu; // computes
+    std::deque<std::function<void()>> work;
+    int                               n_graphs = 0; // of it
+    bool                              stop = false;
+    std::mutex                        mutex;
+    std::condition_variable           changed;
+    std::thread                       thread;
+
+    async_device(const char * name, bool threaded);
+    ~async_device();
+    async_device(const async_device &) = delete;
+    async_device & operator=(const async_device &) = delete;
+
+    void push(std::function<void()> f) {
+        std::lock_guard<std::mutex> lock(mutex);
+        work.push_back(std::move(f));
+        changed.notify_all();
+    }
+
+    // with a graph, and not only with copies
+    bool computes() {
+        std::lock_guard<std::mutex> lock(mutex);
+        return n_graphs > 0;
+    }
+
+    void wait() {
+        std::unique_lock<std::mutex> lock(mutex);
+        for (; !threaded && !work.empty(); work.pop_front()) {
+            lock.unlock();
+            work.front()();
+            lock.lock();
+        }
+        changed.wait(lock, [this]() { return work.empty(); });
+    }
+
+    void run() {
+        std::unique_lock<std::mutex> lock(mutex);
+        for (;;) {
+            changed.wait(lock, [this]() { return stop || !work.empty(); });
+            if (work.empty()) {
+                return;
+            }
+            std::function<void()> & f = work.front(); // stays where it is while others are added
+            lock.unlock();
+            std::this_thread::sleep_for(std::chrono::microseconds(200)); // under way when the host goes on
+            f();
+            lock.lock();
+            work.pop_front();
+            changed.notify_all();
+        }
+    }
+};
+
+namespace async_impl {
+
+// a graph as it is now: the host may build the next one while this one waits
+struct graph {
+    std::unordered_map<const ggml_tensor *, ggml_tensor> tensors;
+    ggml_context_ptr ctx;
+    ggml_cgraph    * copy;
+
+    explicit graph(ggml_cgraph * g) {
+        const int    n_nodes = ggml_graph_n_nodes(g);
+        const size_t size    = std::max(n_nodes, 1);
+        ctx.reset(ggml_init({ ggml_graph_overhead_custom(size, false), nullptr, true }));
+        copy = ggml_new_graph_custom(ctx.get(), size, false);
+
+        const auto add = [this](const ggml_tensor * t) { return &tensors.emplace(t, *t).first->second; };
+        for (int i = 0; i < n_nodes; i++) {
+            ggml_graph_add_node(copy, add(ggml_graph_node(g, i)));
+        }
+        for (int i = 0; i < n_nodes; i++) {
+            for (ggml_tensor * & src : ggml_graph_node(copy, i)->src) {
+                src = src ? add(src) : nullptr;
+            }
+        }
+    }
+    graph(const graph &) = delete;
+    graph & operator=(const graph &) = delete;
+};
+
+static async_device * of(ggml_backend_t backend) { return (async_device *) backend->context; }
+static async_device * of(ggml_backend_dev_t dev) { return (async_device *) dev->context; }
+
+static const ggml_backend_buffer_i BUFFER = {
+    /* .free_buffer   = */ [](ggml_backend_buffer_t buffer) { free(buffer->context); },
+    /* .get_base      = */ [](ggml_backend_buffer_t buffer) { return buffer->context; },
+    /* .init_tensor   = */ nullptr,
+    /* .memset_tensor = */ [](ggml_backend_buffer_t, ggml_tensor * t, uint8_t value, size_t offs, size_t size) { memset((char *) t->data + offs, value, size); },
+    /* .set_tensor    = */ [](ggml_backend_buffer_t, ggml_tensor * t, const void * data, size_t offs, size_t size) { memcpy((char *) t->data + offs, data, size); },
+    /* .get_tensor    = */ [](ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_t offs, size_t size) { memcpy(data, (const char *) t->data + offs, size); },
+    /* .set_tensor_2d = */ nullptr,
+    /* .get_tensor_2d = */ nullptr,
+    /* .cpy_tensor    = */ nullptr,
+    /* .clear         = */ [](ggml_backend_buffer_t buffer, uint8_t value) { memset(buffer->context, value, buffer->size); },
+    /* .reset         = */ nullptr,
+};
+
+static ggml_backend_buffer_t alloc(ggml_backend_buffer_type_t buft, size_t size) {
+    void * data = aligned_alloc(64, (size + 63)/64*64 + 64);
+    return data ? ggml_backend_buffer_init(buft, BUFFER, data, size) : nullptr;
+}
+
+static void set_async(ggml_backend_t backend, ggml_tensor * t, const void * data, size_t offs, size_t size) {
+    std::vector<char> kept((const char *) data, (const char *) data + size);
+    of(backend)->push([to = (char *) t->data + offs, kept = std::move(kept)]() { memcpy(to, kept.data(), kept.size()); });
+}
+
+static void get_async(ggml_backend_t backend, const ggml_tensor * t, void * data, size_t offs, size_t size) {
+    of(backend)->push([from = (const char *) t->data + offs, data, size]() { memcpy(data, from, size); });
+}
+
+static ggml_status compute(ggml_backend_t backend, ggml_cgraph * cgraph) {
+    async_device * d = of(backend);
+    auto g = std::make_shared<graph>(cgraph);
+    {
+        std::lock_guard<std::mutex> lock(d->mutex);
+        d->n_graphs++;
+    }
+    d->push([d, g]() {
+        GGML_ASSERT(ggml_backend_graph_compute(d->cpu.get(), g->copy) == GGML_STATUS_SUCCESS);
+        std::lock_guard<std::mutex> lock(d->mutex);
+        d->n_graphs--;
+    });
+    return GGML_STATUS_SUCCESS;
+}
+
+static ggml_backend_t init(ggml_backend_dev_t dev, const char *) {
+    static ggml_guid guid = { 0x61, 0x73, 0x79, 0x6e, 0x63 };
+
+    ggml_backend_i iface = {};
+    iface.get_name         = [](ggml_backend_t backend) { return of(backend)->name; };
+    iface.free             = [](ggml_backend_t backend) { of(backend)->wait(); delete backend; };
+    iface.set_tensor_async = set_async;
+    iface.get_tensor_async = get_async;
+    iface.synchronize      = [](ggml_backend_t backend) { of(backend)->wait(); };
+    iface.graph_compute    = compute;
+    return new ggml_backend { &guid, iface, dev, of(dev) };
+}
+
+} // namespace async_impl
+
+inline async_device::async_device(const char * name, bool threaded) : name(name), threaded(threaded) {
+    using namespace async_impl;
+
+    cpu.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+
+    dev.context = reg.context = this;
+    dev.reg = &reg;
+    reg.api_version = GGML_BACKEND_API_VERSION;
+    reg.iface.get_name         = [](ggml_backend_reg_t reg) { return ((async_device *) reg->context)->name; };
+    reg.iface.get_device_count = [](ggml_backend_reg_t) -> size_t { return 1; };
+    reg.iface.get_device       = [](ggml_backend_reg_t reg, size_t) { return &((async_device *) reg->context)->dev; };
+
+    dev.iface.get_name        = [](ggml_backend_dev_t dev) { return of(dev)->name; };
+    dev.iface.get_description = dev.iface.get_name;
+    dev.iface.get_memory      = [](ggml_backend_dev_t, size_t * free, size_t * total) { *free = *total = (size_t) 8 << 30; };
+    dev.iface.get_type        = [](ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; };
+    dev.iface.get_props       = [](ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
+        *props = {};
+        props->name        = of(dev)->name;
+        props->description = of(dev)->name;
+        props->type        = GGML_BACKEND_DEVICE_TYPE_GPU;
+        props->caps.async  = true;
+        ggml_backend_dev_memory(dev, &props->memory_free, &props->memory_total);
+    };
+    dev.iface.init_backend    = init;
+    dev.iface.get_buffer_type = [](ggml_backend_dev_t dev) { return &of(dev)->buft; };
+    dev.iface.supports_op     = [](ggml_backend_dev_t, const ggml_tensor * op) { return op->op != GGML_OP_CUSTOM && op->op != GGML_OP_MAP_CUSTOM1; };
+    dev.iface.supports_buft   = [](ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) { return buft == &of(dev)->buft; };
+
+    buft.device = &dev;
+    buft.iface.get_name      = [](ggml_backend_buffer_type_t buft) { return of(buft->device)->name; };
+    buft.iface.alloc_buffer  = alloc;
+    buft.iface.get_alignment = [](ggml_backend_buffer_type_t) -> size_t { return 64; };
+
+    if (threaded) {
+        thread = std::thread([this]() { run(); });
+    }
+}
+
+inline async_device::~async_device() {
+    {
+        std::lock_guard<std::mutex> lock(mutex);
+        stop = true;
+        changed.notify_all();
+    }
+    if (threaded) {
+        thread.join();
+    }
+}
