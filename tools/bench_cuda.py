@@ -487,7 +487,7 @@ def bench_once(v: Variant, build_name: str, work: Path, out: Path, setting: Sett
     """Tokens per second by test."""
     server = setting.servers.get(build_name)
     env = {"CUDA_VISIBLE_DEVICES": "" if server else str(gpu)}
-    rpc = ("--rpc", server.endpoint) if server else ()
+    rpc = ("--rpc", server.endpoint, "-fa", "off") if server else ()  # a client takes a server for able to do anything
     programs, log = work / f"bin-{build_name}", out / f"bench-{gpu}.log"
     return file_speeds(programs, file_of(v, work), log, setting.repetitions, setting.sequences, bench=rpc, batched=rpc, env=env)
 

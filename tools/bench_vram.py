@@ -1,7 +1,7 @@
 """Busy experts in VRAM against stock's layout in the same VRAM, and the model of speed beside both.
 
     python tools/bench_vram.py FILE.gguf [FILE.gguf ...] --stock DIR --patched DIR [--parts 10,25,50,75,90] [--threads 16,8,4]
-        [--sequences 2,4,8] [--rounds 3] [--seconds 500] [--vram-bandwidth 2400] [--out DIR]
+        [--prompts 512,2048] [--sequences 2,4,8] [--rounds 3] [--seconds 500] [--vram-bandwidth 2400] [--out DIR]
 
 DIR: where llama-bench lies, and llama-batched-bench for --sequences. Files are stock GGUFs with routed experts (tools/skewed_model.py makes
 some). For each part (per cent) of the experts' bytes: stock llama.cpp
@@ -9,7 +9,8 @@ with `--n-cpu-moe`, as many layers as leave that part in VRAM, and the patched o
 all in VRAM. Rounds over everything in random order until about --seconds have passed (one at least); medians count.
 
 Two points are taken to fit a hand-over and a time per byte on the CPU (stock with all layers on the CPU; busy experts at the part nearest
-to 50 %), all others are predicted from these: docs/vram.md. Beside that stands what follows from the speeds that the runtime measured when
+to 50 %), all others are predicted from these: docs/vram.md. With LLAMA_EXPERT_VRAM_OVERLAP=0 in the environment the CPU and the GPU are
+taken to work one after the other, as they then do. Beside that stands what follows from the speeds that the runtime measured when
 it loaded the model, with the layout that it chose and what was caught. Tables go to the terminal and to OUT/bench_vram.md, figures to
 OUT/bench_vram.json, for each file and number of threads a machine for `rq-gguf plan --machine` to OUT/machine-FILE-THREADS.json.
 """
@@ -26,6 +27,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 from rounds import rounds_before
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,7 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rq_gguf.bench.printed import batched_speeds, bench_speeds
 from rq_gguf.format import parse_expert_name
 from rq_gguf.gguf_file import read_headers
+from rq_gguf.vram.speed import longer
 
+OVERLAP = os.environ.get("LLAMA_EXPERT_VRAM_OVERLAP") != "0"
 PROMPT, DECODED = 64, 128
 """Tokens of each sequence with llama-batched-bench."""
 _HITS = re.compile(r"experts in fast memory took ([\d.]+) ?% of the selections in decoding")
@@ -51,6 +55,8 @@ class Model:
     """With routed experts."""
     used: float
     """Part of a layer's experts that a token uses."""
+    n_used: int
+    """Experts of a layer that it uses."""
     expert_bytes: int
     other_bytes: int
     read_bytes: int
@@ -62,6 +68,11 @@ class Model:
     def layer_bytes(self) -> float:
         """Of a layer's experts, that a token reads."""
         return self.used * self.expert_bytes / self.layers
+
+
+def both(cpu: float, gpu: float, missed: float, n_used: int) -> float:
+    """Seconds of a layer's two parts, of which each takes so many in the mean. missed: part of the selections that is the CPU's."""
+    return float(longer(np.array(cpu), np.array(gpu), np.array(missed), n_used)) if OVERLAP else cpu + gpu
 
 
 @dataclass(frozen=True)
@@ -80,8 +91,9 @@ class Speeds:
     def decode(self, model: Model, split: int, whole: int, caught: float) -> float:
         """Tokens per second with the experts of `whole` layers in VRAM and of `split` layers a part `caught`; all others in RAM."""
         on_cpu = model.layers - split - whole
-        in_vram, missed = whole + split * caught, on_cpu + split * (1 - caught)
-        experts = model.layer_bytes * (in_vram / self.vram + missed / self.ram) + (split + on_cpu) * self.handover
+        cpu, gpu = model.layer_bytes / self.ram, model.layer_bytes / self.vram
+        parts = both((1 - caught) * cpu, caught * gpu, 1 - caught, model.n_used)
+        experts = on_cpu * cpu + whole * gpu + split * parts + (split + on_cpu) * self.handover
         return 1 / (model.read_bytes / self.vram + model.blocks * self.layer + experts)
 
 
@@ -126,20 +138,36 @@ class Fit:
     """With all experts in VRAM."""
     handover: float
     """Of a layer that the CPU has a part in."""
-    layer: float
-    """That a layer's experts take longer on the CPU than on the GPU."""
+    cpu: float
+    """Of a layer's experts on the CPU."""
+    gpu: float
+    """Of a layer's experts on the GPU."""
+    n_used: int
 
     def stock(self, on_cpu: int) -> float:
-        return self.base + on_cpu * (self.handover + self.layer)
+        return self.base + on_cpu * (self.handover + self.cpu - self.gpu)
 
     def ours(self, layers: int, missed: float) -> float:
-        return self.base + layers * (self.handover + missed * self.layer)
+        parts = both(missed * self.cpu, (1 - missed) * self.gpu, missed, self.n_used)
+        return self.base + layers * (self.handover + parts - self.gpu)
 
 
-def fit(base: float, all_on_cpu: float, ours: float, layers: int, missed: float) -> Fit:
-    """From seconds per token: all in VRAM, stock with all layers on the CPU, busy experts in VRAM with a part `missed`."""
-    layer = (all_on_cpu - ours) / (layers * (1 - missed))
-    return Fit(base, (all_on_cpu - base) / layers - layer, layer)
+def fit(base: float, all_on_cpu: float, ours: float, layers: int, missed: float, gpu: float, n_used: int) -> Fit:
+    """From seconds per token: all in VRAM, stock with all layers on the CPU, busy experts in VRAM with a part `missed`.
+
+    gpu: seconds of a layer's experts on the GPU.
+    """
+
+    def saved(cpu: float) -> float:
+        """Per layer, with so many seconds of all its experts on the CPU. Grows with them."""
+        return cpu - both(missed * cpu, (1 - missed) * gpu, missed, n_used)
+
+    wanted = (all_on_cpu - ours) / layers
+    low, high = 0.0, (all_on_cpu + gpu) / (1 - missed)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if saved(middle) < wanted else (low, middle)
+    return Fit(base, (all_on_cpu - base) / layers - (low - gpu), low, gpu, n_used)
 
 
 def read_model(path: Path) -> Model:
@@ -148,11 +176,12 @@ def read_model(path: Path) -> Model:
     tensors = [t for h in headers for t in h.tensors.values()]
     experts = [t for t in tensors if parse_expert_name(t.name) is not None]
     layers = {parsed[0] for t in experts if (parsed := parse_expert_name(t.name)) is not None}
-    used = headers[0].integer(f"{arch}.expert_used_count", 0) / headers[0].integer(f"{arch}.expert_count", 1)
+    n_used = headers[0].integer(f"{arch}.expert_used_count", 0)
+    used = n_used / headers[0].integer(f"{arch}.expert_count", 1)
     size, sizes = sum(t.n_bytes for t in experts), {t.name: t.n_bytes for t in tensors}
     other = sum(sizes.values()) - size
     read = other - (sizes.get("token_embd.weight", 0) if "output.weight" in sizes else 0)
-    return Model(path, len(layers), used, size, other, read, headers[0].integer(f"{arch}.block_count", len(layers)))
+    return Model(path, len(layers), used, n_used, size, other, read, headers[0].integer(f"{arch}.block_count", len(layers)))
 
 
 def run(s: Setting, programs: Path, name: str, options: list[str], log: Path) -> "subprocess.CompletedProcess[str]":
@@ -172,10 +201,13 @@ def run(s: Setting, programs: Path, name: str, options: list[str], log: Path) ->
     return done
 
 
-def measure(s: Setting, programs: Path, sequences: list[int], log: Path, into: Measured) -> None:
-    """One run of llama-bench, and where there are sequences one of llama-batched-bench. Raises CalledProcessError."""
-    done = run(s, programs, "llama-bench", ["-v", "-p", "512,2048", "-n", "128", "-r", "2", "-o", "json"], log)
+def measure(s: Setting, programs: Path, prompts: str, sequences: list[int], log: Path, into: Measured) -> None:
+    """A run of llama-bench that decodes, so that no other test's prompts decide what is held, one for prompts, and one of
+    llama-batched-bench where there are sequences. Raises CalledProcessError."""
+    done = run(s, programs, "llama-bench", ["-v", "-p", "0", "-n", "128", "-r", "3", "-o", "json"], log)
     speeds = bench_speeds(done.stdout)
+    if prompts:
+        speeds |= bench_speeds(run(s, programs, "llama-bench", ["-p", prompts, "-n", "0", "-r", "2", "-o", "json"], log).stdout)
     if sequences:
         options = ["-fit", "off", "-c", str(max(sequences) * (PROMPT + DECODED)), "-npp", str(PROMPT), "-ntg", f"{DECODED},1"]
         options += ["-npl", ",".join(map(str, sequences)), "--output-format", "jsonl"]
@@ -190,8 +222,10 @@ def measure(s: Setting, programs: Path, sequences: list[int], log: Path, into: M
     into.hits += [share for share in (float(h) / 100 for h in _HITS.findall(done.stderr)) if share > 0]
 
 
-def table(model: Model, threads: int, parts: list[float], results: dict[Setting, Measured]) -> tuple[list[str], Fit | None]:
-    """Rows by part; and the fit, where the runtime said what was hit."""
+def table(
+    model: Model, threads: int, parts: list[float], results: dict[Setting, Measured], vram_bandwidth: float
+) -> tuple[list[str], Fit | None]:
+    """Rows by part; and the fit, where the runtime said what was hit. vram_bandwidth: bytes per second."""
 
     def of(part: float, ours: bool) -> Measured:
         return results[Setting(model, threads, part, ours)]
@@ -204,11 +238,11 @@ def table(model: Model, threads: int, parts: list[float], results: dict[Setting,
     inner = [p for p in parts if 0 < p < 1]
     taken = min(inner, key=lambda p: abs(p - 0.5)) if inner else None
     found, left = None, None if taken is None else missed(taken)
-    if taken is not None and left is not None and left < 1:
+    if taken is not None and left is not None and left < 1 and {0.0, 1.0} <= set(parts):
         base, cpu, split = (1 / of(p, ours).median("tg128") for p, ours in ((1.0, False), (0.0, False), (taken, True)))
-        found = fit(base, cpu, split, model.layers, left)
+        found = fit(base, cpu, split, model.layers, left, model.layer_bytes / vram_bandwidth, model.n_used)
     said = [f for s, r in results.items() if (s.model, s.threads) == (model, threads) for f in r.found]
-    tests = sorted(of(0.0, False).speeds, key=lambda test: (test.startswith("pp"), not test.startswith("tg")))
+    tests = sorted(of(parts[0], False).speeds, key=lambda test: (test.startswith("pp"), not test.startswith("tg")))
     head = ["in VRAM", "caught", *(f"{t}: stock, ours" for t in tests)]
     head += ["predicted tg128: stock, ours", "by the runtime's speeds: layout, stock, ours"]
     lines = [f"{model.path.name}, {threads} threads", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -242,20 +276,20 @@ def by_runtime(setting: Setting, stock: Measured, ours: Measured, said: list[Spe
     return f"{placed.whole} whole, {placed.split} split, " + ", ".join(cells)
 
 
-def machine(model: Model, found: Fit, vram_bandwidth: float, prompt: float, prompt_on_cpu: float) -> dict[str, float]:
+def machine(model: Model, found: Fit, vram_bandwidth: float, prompt: float, prompt_on_cpu: float) -> dict[str, float | bool]:
     """A file for `--machine`. prompt, prompt_on_cpu: seconds of 512 tokens with all experts in VRAM and with none.
 
     One file cannot tell the GPU's bandwidth from its time per layer, so the bandwidth is given.
     """
-    per_layer = model.used * model.expert_bytes / model.layers
     weights = 2 * 512 * (model.other_bytes + model.used * model.expert_bytes)  # about one byte a weight
     return {
-        "ram_bandwidth": per_layer / (found.layer + per_layer / vram_bandwidth),
+        "ram_bandwidth": model.layer_bytes / found.cpu,
         "vram_bandwidth": vram_bandwidth,
         "handover": max(found.handover, 0.0),
         "pcie_bandwidth": model.expert_bytes / max(prompt_on_cpu - prompt, 1e-6),
         "compute": weights / prompt,
         "gpu_layer": max(found.base - (model.other_bytes + model.used * model.expert_bytes) / vram_bandwidth, 0.0) / model.layers,
+        "overlap": OVERLAP,
     }
 
 
@@ -266,7 +300,9 @@ def main() -> None:
     p.add_argument("--stock", type=Path, required=True)
     p.add_argument("--patched", type=Path, required=True)
     p.add_argument("--parts", default="10,25,50,75,90")
+    p.add_argument("--no-ends", action="store_true", help="not 0 and 100 %, from which all else would be predicted")
     p.add_argument("--threads", default=str(os.cpu_count() or 1))
+    p.add_argument("--prompts", default="512,2048", help="their tokens")
     p.add_argument("--sequences", default="", help="numbers of them to decode at a time, besides one")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--seconds", type=float, default=500)
@@ -274,14 +310,14 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=Path("."))
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    parts = sorted({0.0, 1.0, *(float(x) / 100 for x in args.parts.split(","))})
+    parts = sorted({float(x) / 100 for x in args.parts.split(",")} | (set() if args.no_ends else {0.0, 1.0}))
     models, threads = [read_model(f) for f in args.files], [int(t) for t in args.threads.split(",")]
     sequences = [int(n) for n in args.sequences.split(",") if n]
     settings = [Setting(m, t, part, ours) for m in models for t in threads for part in parts for ours in (False, True)]
     results = {s: Measured() for s in settings}
     for _ in rounds_before(started + args.seconds, args.rounds):
         for s in random.sample(settings, len(settings)):
-            measure(s, args.patched if s.ours else args.stock, sequences, args.out / "bench_vram.log", results[s])
+            measure(s, args.patched if s.ours else args.stock, args.prompts, sequences, args.out / "bench_vram.log", results[s])
         data = [
             {"file": s.model.path.name, "threads": s.threads, "part": s.part, "ours": s.ours, "hits": r.hits, **r.speeds}
             | {"found": [asdict(f) for f in r.found], "placed": [asdict(f) for f in r.placed]}
@@ -291,13 +327,17 @@ def main() -> None:
     text = []
     for m in models:
         for t in threads:
-            lines, found = table(m, t, parts, results)
+            lines, found = table(m, t, parts, results, 1e9 * args.vram_bandwidth)
             text += [*lines, ""]
             if found is not None:
+                text += [
+                    f"hand-over {1e6 * found.handover:.0f} us, a layer's experts {1e6 * (found.cpu - found.gpu):.0f} us longer on the CPU",
+                    "",
+                ]
+            if found is not None and "512" in args.prompts.split(","):
                 prompt, on_cpu = (512 / results[Setting(m, t, part, False)].median("pp512") for part in (1.0, 0.0))
                 made = machine(m, found, 1e9 * args.vram_bandwidth, prompt, on_cpu)
                 (args.out / f"machine-{m.path.stem}-{t}.json").write_text(json.dumps(made, indent=1) + "\n")
-                text += [f"hand-over {1e6 * found.handover:.0f} us, RAM {made['ram_bandwidth'] / 1e9:.1f} GB/s", ""]
             for said in [f for s, r in results.items() if (s.model, s.threads) == (m, t) for f in r.found][:1]:
                 text += [f"the runtime's speeds: {said}", ""]
     (args.out / "bench_vram.md").write_text("\n".join(text))

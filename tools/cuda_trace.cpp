@@ -3,6 +3,7 @@
 #include <cupti.h>
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include <mutex>
 
 static FILE * out = nullptr;

@@ -19,15 +19,27 @@ def tool() -> ModuleType:
 
 
 def test_a_fit_by_hand(tool: ModuleType) -> None:
-    """4 layers; 10 s with all in VRAM, 3 s more per layer on the CPU, 1 of them the hand-over; at a quarter missed 10 + 4 x 1.5."""
-    found = tool.fit(10.0, 22.0, 16.0, 4, 0.25)
-    assert (found.base, found.handover, found.layer) == (10, 1, 2)
-    assert found.stock(4) == 22 and found.stock(2) == 16 and found.ours(4, 0.25) == 16 and found.ours(4, 0.5) == 18
+    """4 layers; 10 s with all in VRAM, 3 s more per layer on the CPU, 1 of them the hand-over; at a quarter missed 10 + 4 x 1.5.
+
+    One expert per token, so that nothing overlaps.
+    """
+    found = tool.fit(10.0, 22.0, 16.0, 4, 0.25, gpu=0.5, n_used=1)
+    assert (found.base, found.handover, found.cpu) == pytest.approx((10, 1, 2.5))
+    times = found.stock(4), found.stock(2), found.ours(4, 0.25), found.ours(4, 0.5)
+    assert times == pytest.approx((22, 16, 16, 18))
+
+
+def test_a_fit_of_what_overlaps_by_hand(tool: ModuleType) -> None:
+    """Of two experts per token 0, 1 or 2 are missed with 1/4, 1/2 and 1/4: 0.5, 1.25 and 2.5 s, and not 1.25 + 0.25 in the mean."""
+    parts = 0.5 / 4 + 1.25 / 2 + 2.5 / 4
+    found = tool.fit(10.0, 10 + 4 * 3.0, 10 + 4 * (1 + parts - 0.5), 4, 0.5, gpu=0.5, n_used=2)
+    assert (found.base, found.handover, found.cpu) == pytest.approx((10, 1, 2.5))
+    assert found.stock(2) == pytest.approx(16)
 
 
 def test_the_runtime_s_speeds_by_hand(tool: ModuleType) -> None:
     """6 layers, 4 of them with 8 experts of 100 bytes, 2 used; 1000 bytes of others: 10 s in VRAM, 6 s for the layers besides."""
-    model = tool.Model(Path("m.gguf"), layers=4, used=0.25, expert_bytes=3200, other_bytes=1500, read_bytes=1000, blocks=6)
+    model = tool.Model(Path("m.gguf"), layers=4, used=0.25, n_used=1, expert_bytes=3200, other_bytes=1500, read_bytes=1000, blocks=6)
     speeds = tool.Speeds(ram=10, vram=100, handover=3, layer=1)
     assert 1 / speeds.decode(model, 0, 4, 0.0) == pytest.approx(10 + 6 + 4 * 2)
     assert 1 / speeds.decode(model, 0, 1, 0.0) == pytest.approx(10 + 6 + 2 + 3 * (3 + 20))
