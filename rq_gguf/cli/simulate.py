@@ -33,6 +33,8 @@ _ABOVE_0 = click.FloatRange(min=0, min_open=True)
 @click.option("--rest", type=click.FloatRange(min=0), default=0, show_default=True, metavar="US", help="Of all else in a layer.")
 @click.option("--rereads", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
               help="Sequences up to which an expert is read anew for each of its tokens.")  # fmt: skip
+@click.option("--tile", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
+              help="Tokens that an expert is computed for at least, up to the batch's.")  # fmt: skip
 @click.option("--top-k", type=click.IntRange(min=1), metavar="N", help="Experts per token, where SOURCE does not say.")
 @click.option("--shape", metavar="INxINNER", help="Inputs and inner units of an expert (2048x768), where SOURCE does not say.")
 @click.option("--plot", type=path_type(dir_okay=False), metavar="FILE.svg", help="Draw the busiest device over the mean.")
@@ -52,6 +54,7 @@ def simulate(
     launch: float,
     rest: float,
     rereads: int,
+    tile: int,
     top_k: int | None,
     shape: str | None,
     plot: Path | None,
@@ -67,7 +70,8 @@ def simulate(
 
     if plot is not None:
         make.check_plot(plot)
-    machine = Machine(bandwidth * 1e9, compute * 1e12, link * 1e9, latency * 1e-6, exchange, launch * 1e-6, rest * 1e-6, rereads)
+    seconds = {"latency": latency * 1e-6, "launch": launch * 1e-6, "rest": rest * 1e-6}
+    machine = Machine(bandwidth * 1e9, compute * 1e12, link * 1e9, exchange=exchange, rereads=rereads, tile=tile, **seconds)
     found = make.make_simulation(
         source, evaluate, devices=devices, batches=batch, copies=copies, machine=machine, bits=bits, top_k=top_k, shape=shape
     )

@@ -5,6 +5,8 @@ anything that overlaps. A layer takes
 
     max over devices of max(distinct experts x bytes of one / bandwidth, tokens x operations / compute) + exchange + launch + rest
 
+where with a tile each distinct expert counts as tile tokens at least, or as the whole batch where that is smaller.
+
 Exchange `all-to-all` (experts' inputs go to where the experts are, outputs come back, as DeepEP does it): twice the latency, and twice
 what the busiest device takes from others over its link: its tokens x (D - 1) / D x n_embd x 2 bytes. `partial-sums` (every device has all
 inputs and adds its part of the outputs, as llama.cpp and tensor parallelism do it): twice the latency, and 2 (D - 1) / D x batch x n_embd
@@ -41,6 +43,8 @@ class Machine:
     """Seconds of all else in a layer, which no arrangement changes: attention, routers, norms."""
     rereads: int = 0
     """Sequences up to which an expert is read again for each token that takes it: kernels that multiply by vectors."""
+    tile: int = 0
+    """Tokens that an expert is computed for at least, up to the batch: kernels that multiply by matrices of a fixed size."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ def layer_seconds(
 ) -> NDArray[np.float64]:
     """[...] seconds of one layer. tokens, distinct: [..., devices] selections that each device serves, and experts that it reads."""
     reads = tokens if batch <= machine.rereads else distinct
-    work = np.maximum(reads * (size.bytes / machine.bandwidth), tokens * (size.operations / machine.compute)).max(axis=-1)
+    computed = np.maximum(tokens, distinct * min(machine.tile, batch))
+    work = np.maximum(reads * (size.bytes / machine.bandwidth), computed * (size.operations / machine.compute)).max(axis=-1)
     return np.asarray(work + machine.launch + machine.rest + _exchange_seconds(machine, size, tokens, batch))
 
 

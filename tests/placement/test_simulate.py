@@ -42,6 +42,10 @@ def test_time_by_hand() -> None:
     assert layer_seconds(again, size, tokens, distinct, 4) == pytest.approx([9e-3 + 7.5e-5 + 2 * 4 * 4000 / 1e8])
     assert layer_seconds(again, size, tokens, distinct, 5) == pytest.approx([3e-3 + 7.5e-5 + 2 * 5 * 4000 / 1e8])
     assert layer_seconds(again, size, tokens[:, :1], distinct[:, :1], 4) == pytest.approx([9e-3 + 7.5e-5])
+    # Two experts on the busiest device are computed for 4 tokens each, or for the batch if that is smaller: 8 times 3 million at 1 G.
+    tiled = Machine(1e12, 1e9, 1e8, 0, "home", tile=4)
+    assert layer_seconds(tiled, size, tokens, distinct, 8) == pytest.approx([24e-3 + 2 * 8 * 4000 / 1e8])
+    assert layer_seconds(tiled, size, tokens, distinct, 3) == pytest.approx([18e-3 + 2 * 3 * 4000 / 1e8])
     # Arithmetic bounds a thousand tokens of one expert; one device exchanges nothing.
     assert layer_seconds(machine, size, np.array([[1000.0]]), np.array([[1.0]]), 1000) == pytest.approx([3e-3])
 
