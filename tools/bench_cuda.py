@@ -50,7 +50,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from rq_gguf.bench.printed import batched_speeds, bench_speeds
+from rq_gguf.bench.printed import batched_options, batched_speeds, bench_speeds, in_order
 from rq_gguf.format import (
     DEFAULT_DISPATCH_BLOCK,
     FORMAT_VERSION,
@@ -467,9 +467,7 @@ def file_speeds(
     common: list[str | Path] = ["-m", file, "-ngl", "99"]
     options = ["-p", "512,2048", "-n", "128", "-r", str(repetitions), "-o", "json"]
     speeds = bench_speeds(run([programs / "llama-bench", *common, *options, *bench], log, env=env))
-    options = ["-c", str(max(sequences) * (PROMPT + DECODED)), "-npp", str(PROMPT), "-ntg", f"{DECODED},1"]
-    options += ["-npl", ",".join(map(str, sequences)), "--output-format", "jsonl"]
-    printed = run([programs / "llama-batched-bench", *common, *options, *batched], log, env=env)
+    printed = run([programs / "llama-batched-bench", *common, *batched_options(sequences, PROMPT, DECODED), *batched], log, env=env)
     return speeds | {f"{n} seq": speed for n, speed in batched_speeds(printed).items()}
 
 
@@ -519,7 +517,7 @@ def key(v: Variant) -> str:
 
 
 def table(wanted: Sequence[Variant], results: Mapping[str, Measured]) -> str:
-    tests = sorted(results[key(wanted[0])].samples, key=lambda test: (test.startswith("pp"), not test.startswith("tg")))
+    tests = in_order(results[key(wanted[0])].samples)
     rows = [["file", *tests], ["---"] * (len(tests) + 1)]
     for v in wanted:
         r = results[key(v)]

@@ -32,7 +32,7 @@ from rounds import rounds_before
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rq_gguf.bench.printed import batched_speeds, bench_speeds
+from rq_gguf.bench.printed import batched_options, batched_speeds, bench_speeds, in_order
 from rq_gguf.format import parse_expert_name
 from rq_gguf.gguf_file import read_headers
 from rq_gguf.vram.speed import longer
@@ -209,8 +209,7 @@ def measure(s: Setting, programs: Path, prompts: str, sequences: list[int], log:
     if prompts:
         speeds |= bench_speeds(run(s, programs, "llama-bench", ["-p", prompts, "-n", "0", "-r", "2", "-o", "json"], log).stdout)
     if sequences:
-        options = ["-fit", "off", "-c", str(max(sequences) * (PROMPT + DECODED)), "-npp", str(PROMPT), "-ntg", f"{DECODED},1"]
-        options += ["-npl", ",".join(map(str, sequences)), "--output-format", "jsonl"]
+        options = ["-fit", "off", *batched_options(sequences, PROMPT, DECODED)]
         printed = run(s, programs, "llama-batched-bench", options, log).stdout
         speeds |= {f"{n} seq": speed for n, speed in batched_speeds(printed).items()}
     for test, speed in speeds.items():
@@ -242,7 +241,7 @@ def table(
         base, cpu, split = (1 / of(p, ours).median("tg128") for p, ours in ((1.0, False), (0.0, False), (taken, True)))
         found = fit(base, cpu, split, model.layers, left, model.layer_bytes / vram_bandwidth, model.n_used)
     said = [f for s, r in results.items() if (s.model, s.threads) == (model, threads) for f in r.found]
-    tests = sorted(of(parts[0], False).speeds, key=lambda test: (test.startswith("pp"), not test.startswith("tg")))
+    tests = in_order(of(parts[0], False).speeds)
     head = ["in VRAM", "caught", *(f"{t}: stock, ours" for t in tests)]
     head += ["predicted tg128: stock, ours", "by the runtime's speeds: layout, stock, ours"]
     lines = [f"{model.path.name}, {threads} threads", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

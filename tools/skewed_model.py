@@ -11,7 +11,6 @@ Attention is that of architecture `olmoe` in every case.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -25,6 +24,8 @@ import numpy as np
 from bench_cuda import SHAPES, Variant, write_file
 from numpy.typing import NDArray
 
+from rq_gguf.evaluation.balance import COUNTS_VARIABLE, read_counts
+
 POWER = 0.2
 MOST, STEPS, CLOSE = 8.0, 8, 0.3
 """The largest A, tries, and per cent off the wanted at which one is taken."""
@@ -35,17 +36,16 @@ def lengths(n_expert: int, a: float) -> NDArray[np.float32]:
     return np.exp(-a * (np.arange(n_expert) / (n_expert - 1)) ** POWER).astype(np.float32)
 
 
-def catch(layers: list[list[int]], part: float) -> float:
-    """Per cent of the selections in the first `part` per cent of the experts. layers: selections by layer and expert."""
-    counted = np.asarray(layers, dtype=np.float64)
+def catch(counted: NDArray[np.int64], part: float) -> float:
+    """Per cent of the selections in the first `part` per cent of the experts. counted: [layers, n_expert] selections."""
     return 100 * float(counted[:, : round(part * counted.shape[1] / 100)].sum() / counted.sum())
 
 
 def search(error: Callable[[float], float], most: float, steps: int, close: float) -> float:
-    """Where a rising error is nought between 0 and most, by halving. Raises ValueError where its sign does not change."""
+    """Where a rising error is nought between 0 and most, by halving. Raises ValueError where it is not reached."""
     low, high = 0.0, most
     if error(high) < 0:
-        raise ValueError(f"{most} is not enough")
+        raise ValueError(f"A {most:g} is not enough")
     for _ in range(steps):
         a = (low + high) / 2
         found = error(a)
@@ -80,13 +80,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             counts = Path(folder, "counts.json")
             command = [args.programs / "llama-bench", "-m", args.out, "-ngl", "99", "-p", "0", "-n", "128", "-r", "1"]
-            subprocess.run(command, check=True, capture_output=True, env={**os.environ, "LLAMA_EXPERT_COUNTS": str(counts)})
-            layers = [layer["logical"] for layer in json.loads(counts.read_text())["layers"]]
+            subprocess.run(command, check=True, capture_output=True, env={**os.environ, COUNTS_VARIABLE: str(counts)})
+            layers = np.stack([layer.logical for layer in read_counts(counts).layers])
         told = ", ".join(f"{catch(layers, part):.1f} % in the first {part} %" for part in (25, 50))
         print(f"{args.out.name}: A {a:.3f}: of the selections {told}", file=sys.stderr, flush=True)
         return float(np.mean([catch(layers, part) - share for share, part in wanted]))
 
-    search(error, MOST, STEPS, CLOSE)
+    try:
+        search(error, MOST, STEPS, CLOSE)
+    except ValueError as e:
+        sys.exit(f"Error: no router of {args.out} gives --caught {args.caught}: {e}")
 
 
 if __name__ == "__main__":

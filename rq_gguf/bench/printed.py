@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _PERF = re.compile(r"^.*?(prompt eval|(?<!prompt )eval) time = +([\d.]+) ms / +(\d+) (?:tokens|runs)\b", re.MULTILINE)
@@ -21,11 +22,20 @@ def bench_speeds(printed: str) -> dict[str, float]:
     return {f"tg{r['n_gen']}" if r["n_gen"] else f"pp{r['n_prompt']}": statistics.median(r["samples_ts"]) for r in bench_records(printed)}
 
 
-def batched_speeds(printed: str) -> dict[int, float]:
-    """Tokens per second of decode, all sequences together, by their number, of `llama-batched-bench --output-format jsonl`.
+def batched_options(sequences: Sequence[int], prompt: int, decoded: int) -> list[str]:
+    """Of llama-batched-bench, for batched_speeds: numbers of sequences, tokens that each is given and decodes.
 
-    Of several lengths (-ntg) the longest counts. Have a short one behind it (-ntg 48,1): llama.cpp's programs end without waiting for the
-    thread that prints, so that their last lines are lost now and then.
+    A short run follows the one that counts (-ntg 48,1): llama.cpp's programs end without waiting for the thread that prints, so that their
+    last lines are lost now and then.
+    """
+    options = ["-c", str(max(sequences) * (prompt + decoded)), "-npp", str(prompt), "-ntg", f"{decoded},1"]
+    return [*options, "-npl", ",".join(map(str, sequences)), "--output-format", "jsonl"]
+
+
+def batched_speeds(printed: str) -> dict[int, float]:
+    """Tokens per second of decode, all sequences together, by their number, of llama-batched-bench with batched_options.
+
+    Of several lengths the longest counts.
     """
     records = [json.loads(line) for line in printed.splitlines() if line.startswith("{") and line.endswith("}")]
     longest = max((r["tg"] for r in records), default=0)
@@ -42,3 +52,8 @@ def prompt_speeds(printed: str) -> tuple[tuple[int, float], tuple[int, float]]:
         raise ValueError("llama-completion printed no times")
     (prompt, prompt_ms), (reply, reply_ms) = found["prompt eval"], found["eval"]
     return (prompt, 1000 * prompt / prompt_ms), (reply, 1000 * reply / reply_ms)
+
+
+def in_order(tests: Iterable[str]) -> list[str]:
+    """Names of tests as tables have them: decode of one sequence (tg), of several, prompts (pp)."""
+    return sorted(tests, key=lambda test: (test.startswith("pp"), not test.startswith("tg")))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from gguf import GGUFValueType
-from hot.conftest import Reader, hits, reading
+from hot.conftest import Hits, Reader, hits, reading
 
 from rq_gguf import gguf_file as gg
 from rq_gguf.calibration.record import record
@@ -18,6 +18,8 @@ from rq_gguf.writing.convert import convert_base
 N_PROMPT, N_MORE = 256, 256
 CALIBRATED = 65536
 """Tokens, `rq-gguf trace`'s default."""
+
+Domains = Callable[[], list[list[int]]]
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +50,7 @@ def lab_with_loads(stock_lab: Path, shared: Path, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
-def domains(shared: Path) -> Callable[[], list[list[int]]]:
+def domains(shared: Path) -> Domains:
     """The first tokens of the held-out texts, one subject each."""
 
     def read() -> list[list[int]]:
@@ -60,26 +62,26 @@ def domains(shared: Path) -> Callable[[], list[list[int]]]:
     return read
 
 
+def caught(read: Reader, model: Path, domains: Domains, settings: dict[str, str | int | bool]) -> list[Hits]:
+    """By subject."""
+    found = [hits(read(model, reading(tokens, N_PROMPT), settings)) for tokens in domains()]
+    shares = [hit.decoding for hit in found]
+    print(f"{settings}: {np.mean(shares):.1f} % of the selections in decoding; by subject {shares}")
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.runtime
 @pytest.mark.parametrize(("part", "least"), [("25%", 58), ("50%", 81)])
-def test_a_stock_file_follows_the_text(
-    part: str, least: float, stock_lab: Path, domains: Callable[[], list[list[int]]], read: Reader
-) -> None:
-    found = [hits(read(stock_lab, reading(tokens, N_PROMPT), {"rq.vram": part})).decoding for tokens in domains()]
-    print(f"{part}: {np.mean(found):.1f} % of the selections in decoding; by subject {found}")
-    assert np.mean(found) >= least
+def test_a_stock_file_follows_the_text(part: str, least: float, stock_lab: Path, domains: Domains, read: Reader) -> None:
+    found = caught(read, stock_lab, domains, {"rq.vram": part})
+    assert np.mean([hit.decoding for hit in found]) >= least
 
 
 @pytest.mark.slow
 @pytest.mark.runtime
 @pytest.mark.parametrize(("part", "least"), [("25%", 48), ("50%", 72)])
-def test_the_busiest_by_stored_shares(
-    part: str, least: float, lab_with_loads: Path, domains: Callable[[], list[list[int]]], read: Reader
-) -> None:
+def test_the_busiest_by_stored_shares(part: str, least: float, lab_with_loads: Path, domains: Domains, read: Reader) -> None:
     """A set that stays as it is."""
-    settings = {"rq.vram": part, "rq.vram_adapt": False}
-    found = [hits(read(lab_with_loads, reading(tokens, N_PROMPT), settings)) for tokens in domains()]
-    caught = [hit.decoding for hit in found]
-    print(f"{part}: {np.mean(caught):.1f} % of the selections in decoding; by subject {caught}")
-    assert np.mean(caught) >= least and not any(hit.exchanged for hit in found)
+    found = caught(read, lab_with_loads, domains, {"rq.vram": part, "rq.vram_adapt": False})
+    assert np.mean([hit.decoding for hit in found]) >= least and not any(hit.exchanged for hit in found)
