@@ -17,6 +17,7 @@ case "${1:-}" in
     *) echo "usage: bash tools/sanitize_hot.sh thread|address MODEL.gguf" >&2; exit 2 ;;
 esac
 model=${2:?a stock file with experts, small}
+limit=600 # seconds for a case
 
 source_dir=$(python -c 'from rq_gguf.runtime.tools import source_path; print(source_path().parent)')
 build=${SANITIZED_BUILD:-$(dirname "$source_dir")/sanitized-hot-$1}
@@ -49,13 +50,22 @@ device=$!
 trap 'kill $device 2>/dev/null || true; rm -rf "$work"' EXIT
 until (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do kill -0 $device; sleep 0.2; done
 
+# run_case NAME PROGRAM ARGUMENTS...
+run_case() {
+    local status=0 start=$SECONDS
+    timeout "$limit" "$build/bin/$2" "${@:3}" 2>"$work/log" || status=$?
+    if [ "$status" -ne 0 ]; then
+        cat "$work/log" "$work/device" >&2
+        [ "$status" -ne 124 ] || echo "$1: not done after $limit s" >&2
+        exit 1
+    fi
+    echo "$1: $((SECONDS - start)) s"
+}
 for name in "${cases[@]}"; do
-    echo "$name"
-    "$build/bin/exchange" "$model" "$port" "$work/memory" "$name" 2>"$work/log" || { cat "$work/log" "$work/device" >&2; exit 1; }
+    run_case "$name" exchange "$model" "$port" "$work/memory" "$name"
 done
 for works in order thread; do
-    echo "overlap, $works"
-    "$build/bin/overlap" "$works" "$model" 2>"$work/log" || { cat "$work/log" >&2; exit 1; }
+    run_case "overlap, $works" overlap "$works" "$model"
 done
 if grep -q "Sanitizer\|runtime error" "$work/device"; then
     cat "$work/device" >&2
