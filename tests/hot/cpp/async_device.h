@@ -2,11 +2,12 @@
 
 // A device that does later what it is asked to do, in order, as on a GPU's stream: on a thread of its own, or as late as can be, when
 // somebody waits for it. Its memory is not the host's for the scheduler, and copies from and to it do not wait for what is under way, as
-// CUDA's on a stream of their own do not. So whoever reads a result too early, or overwrites what is still to be read, gets wrong numbers,
-// and ThreadSanitizer says where.
+// CUDA's on a stream of their own do not; copies that are asked for in order read their source when it is their turn, as those from pinned
+// memory do. So whoever reads a result too early, or overwrites what is still to be read, gets wrong numbers, and ThreadSanitizer says where.
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpp.h"
+#include "ggml-cpu.h"
 
 #include <algorithm>
 #include <chrono>
@@ -24,6 +25,14 @@
 struct async_device {
     const char * name;
     const bool   threaded;
+    const bool   has_events;
+    bool         uses_host = false; // computes in the host's memory as well
+
+    // a place in its work
+    struct event {
+        size_t n_asked = 0;
+        size_t n_done  = 0;
+    };
 
     ggml_backend_device dev = {};
     ggml_backend_reg    reg = {};
@@ -37,7 +46,7 @@ struct async_device {
     std::condition_variable           changed;
     std::thread                       thread;
 
-    async_device(const char * name, bool threaded);
+    async_device(const char * name, bool threaded, bool has_events);
     ~async_device();
     async_device(const async_device &) = delete;
     async_device & operator=(const async_device &) = delete;
@@ -54,14 +63,31 @@ struct async_device {
         return n_graphs > 0;
     }
 
-    void wait() {
+    // no longer than until this holds
+    void wait(const std::function<bool()> & done) {
         std::unique_lock<std::mutex> lock(mutex);
-        for (; !threaded && !work.empty(); work.pop_front()) {
+        for (; !threaded && !done(); work.pop_front()) {
             lock.unlock();
             work.front()();
             lock.lock();
         }
-        changed.wait(lock, [this]() { return work.empty(); });
+        changed.wait(lock, done);
+    }
+
+    void wait() {
+        wait([this]() { return work.empty(); });
+    }
+
+    void wait(const event & e) {
+        wait([&e]() { return e.n_done == e.n_asked; });
+    }
+
+    void record(event & e) {
+        e.n_asked++; // only the host looks at it
+        push([this, &e, n = e.n_asked]() {
+            std::lock_guard<std::mutex> lock(mutex);
+            e.n_done = n;
+        });
     }
 
     void run() {
@@ -133,8 +159,7 @@ static ggml_backend_buffer_t alloc(ggml_backend_buffer_type_t buft, size_t size)
 }
 
 static void set_async(ggml_backend_t backend, ggml_tensor * t, const void * data, size_t offs, size_t size) {
-    std::vector<char> kept((const char *) data, (const char *) data + size);
-    of(backend)->push([to = (char *) t->data + offs, kept = std::move(kept)]() { memcpy(to, kept.data(), kept.size()); });
+    of(backend)->push([to = (char *) t->data + offs, data, size]() { memcpy(to, data, size); });
 }
 
 static void get_async(ggml_backend_t backend, const ggml_tensor * t, void * data, size_t offs, size_t size) {
@@ -166,15 +191,17 @@ static ggml_backend_t init(ggml_backend_dev_t dev, const char *) {
     iface.get_tensor_async = get_async;
     iface.synchronize      = [](ggml_backend_t backend) { of(backend)->wait(); };
     iface.graph_compute    = compute;
+    iface.event_record     = [](ggml_backend_t backend, ggml_backend_event_t e) { of(backend)->record(*(async_device::event *) e->context); };
     return new ggml_backend { &guid, iface, dev, of(dev) };
 }
 
 } // namespace async_impl
 
-inline async_device::async_device(const char * name, bool threaded) : name(name), threaded(threaded) {
+inline async_device::async_device(const char * name, bool threaded, bool has_events) : name(name), threaded(threaded), has_events(has_events) {
     using namespace async_impl;
 
     cpu.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    ggml_backend_cpu_set_n_threads(cpu.get(), 1); // threads that wait for each other spin: slow when there are more of them than cores
 
     dev.context = reg.context = this;
     dev.reg = &reg;
@@ -193,12 +220,25 @@ inline async_device::async_device(const char * name, bool threaded) : name(name)
         props->description = of(dev)->name;
         props->type        = GGML_BACKEND_DEVICE_TYPE_GPU;
         props->caps.async  = true;
+        props->caps.events = of(dev)->has_events;
         ggml_backend_dev_memory(dev, &props->memory_free, &props->memory_total);
     };
     dev.iface.init_backend    = init;
     dev.iface.get_buffer_type = [](ggml_backend_dev_t dev) { return &of(dev)->buft; };
     dev.iface.supports_op     = [](ggml_backend_dev_t, const ggml_tensor * op) { return op->op != GGML_OP_CUSTOM && op->op != GGML_OP_MAP_CUSTOM1; };
-    dev.iface.supports_buft   = [](ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) { return buft == &of(dev)->buft; };
+    dev.iface.supports_buft   = [](ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) {
+        return buft == &of(dev)->buft || (of(dev)->uses_host && ggml_backend_buft_is_host(buft));
+    };
+
+    if (has_events) {
+        dev.iface.event_new         = [](ggml_backend_dev_t dev) { return new ggml_backend_event { dev, new event }; };
+        dev.iface.event_free        = [](ggml_backend_dev_t dev, ggml_backend_event_t e) {
+            of(dev)->wait(*(event *) e->context);
+            delete (event *) e->context;
+            delete e;
+        };
+        dev.iface.event_synchronize = [](ggml_backend_dev_t dev, ggml_backend_event_t e) { of(dev)->wait(*(event *) e->context); };
+    }
 
     buft.device = &dev;
     buft.iface.get_name      = [](ggml_backend_buffer_type_t buft) { return of(buft->device)->name; };

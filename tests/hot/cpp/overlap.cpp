@@ -63,6 +63,7 @@ enum layout {
     UNMARKED,     // the same without the flag
     NEEDS_RESULT, // the CPU needs the device's part
     OVERWRITES,   // the device's part overwrites what the CPU needs
+    SHARES,       // the device writes to the host's memory, what the CPU reads without knowing of it
     ELSEWHERE,    // what follows is on another device
     NO_INPUTS,    // the CPU needs nothing of a device
 };
@@ -73,7 +74,14 @@ static void add_one(ggml_tensor * dst, const ggml_tensor * a, int ith, int nth, 
     }
 }
 
+static void add_one_and(ggml_tensor * dst, const ggml_tensor * a, const ggml_tensor * b, int ith, int nth, void *) {
+    for (int64_t i = ith; i < ggml_nelements(dst); i += nth) {
+        ((float *) dst->data)[i] = ((const float *) a->data)[i] + ((const float *) b->data)[i] + 1.0f;
+    }
+}
+
 static void run_graph(layout how, async_device & other) {
+    device->uses_host = how == SHARES;
     ggml_backend_ptr dev(ggml_backend_dev_init(&device->dev, nullptr));
     ggml_backend_ptr far(ggml_backend_dev_init(&other.dev, nullptr));
     ggml_backend_ptr cpu(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
@@ -104,7 +112,8 @@ static void run_graph(layout how, async_device & other) {
     };
 
     float expected = 1.0f;
-    ggml_tensor * x = x0;
+    ggml_tensor * x    = x0;
+    ggml_tensor * cold = nullptr;
     for (int il = 0; il < N_LAYERS; il++) {
         ggml_tensor * a    = expand(ggml_scale(ctx.get(), x, 2.0f), dev.get());
         ggml_tensor * mine = how == OVERWRITES ? ggml_scale_inplace(ctx.get(), a, 0.5f) : ggml_scale(ctx.get(), a, 0.5f);
@@ -112,19 +121,28 @@ static void run_graph(layout how, async_device & other) {
         if (how != UNMARKED) {
             mine->flags |= GGML_TIERS_FLAG_OVERLAP;
         }
+        if (how == SHARES) {
+            expand(ggml_cpy(ctx.get(), mine, own), dev.get());
+        }
         ggml_tensor * of_cpu = how == NEEDS_RESULT ? mine : how == NO_INPUTS ? own : a;
-        ggml_tensor * cold   = expand(ggml_map_custom1(ctx.get(), of_cpu, add_one, 1, nullptr), cpu.get());
+        cold = how == SHARES ? ggml_map_custom2(ctx.get(), a, own, add_one_and, 1, nullptr) : ggml_map_custom1(ctx.get(), of_cpu, add_one, 1, nullptr);
+        expand(cold, cpu.get());
         x = expand(ggml_add(ctx.get(), mine, cold), how == ELSEWHERE ? far.get() : dev.get());
 
         const float e_mine = expected*2.0f*0.5f;
-        const float e_cpu  = how == NEEDS_RESULT || how == OVERWRITES ? e_mine : how == NO_INPUTS ? 1.0f : expected*2.0f;
+        const float e_cpu  = how == NEEDS_RESULT || how == OVERWRITES ? e_mine : how == NO_INPUTS ? 1.0f :
+            expected*2.0f + (how == SHARES ? e_mine : 0.0f);
         expected = e_mine + e_cpu + 1.0f;
     }
     CHECK(ggml_backend_sched_alloc_graph(sched.get(), gf));
 
     n_beside = n_alone = 0;
     for (int i = 0; i < 3; i++) {
-        CHECK(ggml_backend_sched_graph_compute(sched.get(), gf) == GGML_STATUS_SUCCESS);
+        CHECK(ggml_backend_sched_graph_compute_async(sched.get(), gf) == GGML_STATUS_SUCCESS);
+        if (how != SHARES) { // the host's memory is free again, whatever devices still do
+            memset(cold->data, 0xff, ggml_nbytes(cold));
+        }
+        ggml_backend_sched_synchronize(sched.get());
         std::vector<float> found(N);
         ggml_backend_tensor_get(x, found.data(), 0, N*sizeof(float));
         for (const float f : found) {
@@ -236,19 +254,23 @@ int main(int argc, char ** argv) {
         return 2;
     }
     const bool threaded = std::string(argv[1]) == "thread";
-    async_device first("first", threaded);
-    async_device other("other", threaded);
-    device = &first;
+    // with and without events: without, nothing is copied beside the host
+    async_device devices[2][2] = {
+        { { "first", threaded, false }, { "other", threaded, false } }, { { "first", threaded, true }, { "other", threaded, true } }
+    };
     watch_cpu();
-
-    for (const layout how : { INDEPENDENT, UNMARKED, NEEDS_RESULT, OVERWRITES, ELSEWHERE, NO_INPUTS }) {
-        run_graph(how, other);
-    }
     llama_log_set([](ggml_log_level level, const char * text, void *) {
         if (level == GGML_LOG_LEVEL_WARN || level == GGML_LOG_LEVEL_ERROR) {
             fputs(text, stderr);
         }
     }, nullptr);
-    test_model(argv[2]);
+    for (auto & [first, other] : devices) {
+        device = &first;
+        for (const layout how : { INDEPENDENT, UNMARKED, NEEDS_RESULT, OVERWRITES, SHARES, ELSEWHERE, NO_INPUTS }) {
+            run_graph(how, other);
+        }
+        device->uses_host = false;
+        test_model(argv[2]);
+    }
     return 0;
 }
