@@ -269,7 +269,6 @@ int main(int argc, char ** argv) {
         for (const layout how : { INDEPENDENT, UNMARKED, NEEDS_RESULT, OVERWRITES, SHARES, ELSEWHERE, NO_INPUTS }) {
             run_graph(how, other);
         }
-        device->uses_host = false;
         test_model(argv[2]);
     }
     return 0;
