@@ -41,7 +41,8 @@ OVERLAP = os.environ.get("LLAMA_EXPERT_VRAM_OVERLAP") != "0"
 PROMPT, DECODED = 64, 128
 """Tokens of each sequence with llama-batched-bench."""
 _HITS = re.compile(r"experts in fast memory took ([\d.]+) ?% of the selections in decoding")
-_SPEEDS = re.compile(r"llama_hot: \S+: ram=([^,]+),vram=([^,]+),handover=([^,]+),layer=([^,\s]+)")
+_SPEEDS = re.compile(r"llama_hot: \S+: ram=([^,]+),vram=([^,]+),handover=([^,]+),layer=([^,]+),experts=([^,\s]+)")
+SPEEDS = ("ram", "vram", "handover", "layer", "experts")
 _SPLIT = re.compile(r"experts in fast memory: \d+(?: to \d+)? of \d+ in each of (\d+) layers")
 _WHOLE = re.compile(r"experts in fast memory: all in (\d+) layers, none")
 
@@ -70,9 +71,10 @@ class Model:
         return self.used * self.expert_bytes / self.layers
 
 
-def both(cpu: float, gpu: float, missed: float, n_used: int) -> float:
-    """Seconds of a layer's two parts, of which each takes so many in the mean. missed: part of the selections that is the CPU's."""
-    return float(longer(np.array(cpu), np.array(gpu), np.array(missed), n_used)) if OVERLAP else cpu + gpu
+def both(cpu: float, gpu: float, missed: float, n_used: int, always: float = 0.0) -> float:
+    """Seconds of a layer's two parts, of which each takes so many in the mean. missed: part of the selections that is the CPU's; always:
+    what the GPU's part takes besides."""
+    return float(longer(np.array(cpu), np.array(gpu), np.array(missed), n_used, always)) if OVERLAP else cpu + always + gpu
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,19 @@ class Speeds:
     vram: float
     handover: float
     layer: float
+    experts: float
+    """Seconds of a layer's experts on the GPU, beyond reading them."""
 
     def __str__(self) -> str:
-        each = f"hand-over {1e6 * self.handover:.0f} us, {1e6 * self.layer:.0f} us for any layer"
+        each = f"hand-over {1e6 * self.handover:.0f} us, {1e6 * self.layer:.0f} us for any layer, {1e6 * self.experts:.0f} us for experts"
         return f"RAM {self.ram / 1e9:.1f} GB/s, VRAM {self.vram / 1e9:.0f} GB/s, {each}"
 
     def decode(self, model: Model, split: int, whole: int, caught: float) -> float:
         """Tokens per second with the experts of `whole` layers in VRAM and of `split` layers a part `caught`; all others in RAM."""
         on_cpu = model.layers - split - whole
         cpu, gpu = model.layer_bytes / self.ram, model.layer_bytes / self.vram
-        parts = both((1 - caught) * cpu, caught * gpu, 1 - caught, model.n_used)
-        experts = on_cpu * cpu + whole * gpu + split * parts + (split + on_cpu) * self.handover
+        parts = both((1 - caught) * cpu, caught * gpu, 1 - caught, model.n_used, self.experts)
+        experts = on_cpu * cpu + whole * (gpu + self.experts) + split * parts + (split + on_cpu) * self.handover
         return 1 / (model.read_bytes / self.vram + model.blocks * self.layer + experts)
 
 
@@ -141,33 +145,35 @@ class Fit:
     cpu: float
     """Of a layer's experts on the CPU."""
     gpu: float
-    """Of a layer's experts on the GPU."""
+    """Of a layer's experts on the GPU, reading them."""
+    always: float
+    """The same besides reading."""
     n_used: int
 
     def stock(self, on_cpu: int) -> float:
-        return self.base + on_cpu * (self.handover + self.cpu - self.gpu)
+        return self.base + on_cpu * (self.handover + self.cpu - self.gpu - self.always)
 
     def ours(self, layers: int, missed: float) -> float:
-        parts = both(missed * self.cpu, (1 - missed) * self.gpu, missed, self.n_used)
-        return self.base + layers * (self.handover + parts - self.gpu)
+        parts = both(missed * self.cpu, (1 - missed) * self.gpu, missed, self.n_used, self.always)
+        return self.base + layers * (self.handover + parts - self.gpu - self.always)
 
 
-def fit(base: float, all_on_cpu: float, ours: float, layers: int, missed: float, gpu: float, n_used: int) -> Fit:
+def fit(base: float, all_on_cpu: float, ours: float, layers: int, missed: float, gpu: float, always: float, n_used: int) -> Fit:
     """From seconds per token: all in VRAM, stock with all layers on the CPU, busy experts in VRAM with a part `missed`.
 
-    gpu: seconds of a layer's experts on the GPU.
+    gpu, always: as in Fit.
     """
 
     def saved(cpu: float) -> float:
         """Per layer, with so many seconds of all its experts on the CPU. Grows with them."""
-        return cpu - both(missed * cpu, (1 - missed) * gpu, missed, n_used)
+        return cpu - both(missed * cpu, (1 - missed) * gpu, missed, n_used, always)
 
     wanted = (all_on_cpu - ours) / layers
     low, high = 0.0, (all_on_cpu + gpu) / (1 - missed)
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if saved(middle) < wanted else (low, middle)
-    return Fit(base, (all_on_cpu - base) / layers - (low - gpu), low, gpu, n_used)
+    return Fit(base, (all_on_cpu - base) / layers - (low - gpu - always), low, gpu, always, n_used)
 
 
 def read_model(path: Path) -> Model:
@@ -237,10 +243,11 @@ def table(
     inner = [p for p in parts if 0 < p < 1]
     taken = min(inner, key=lambda p: abs(p - 0.5)) if inner else None
     found, left = None, None if taken is None else missed(taken)
+    said = [f for s, r in results.items() if (s.model, s.threads) == (model, threads) for f in r.found]
     if taken is not None and left is not None and left < 1 and {0.0, 1.0} <= set(parts):
         base, cpu, split = (1 / of(p, ours).median("tg128") for p, ours in ((1.0, False), (0.0, False), (taken, True)))
-        found = fit(base, cpu, split, model.layers, left, model.layer_bytes / vram_bandwidth, model.n_used)
-    said = [f for s, r in results.items() if (s.model, s.threads) == (model, threads) for f in r.found]
+        always = statistics.median(f.experts for f in said) if said else 0.0
+        found = fit(base, cpu, split, model.layers, left, model.layer_bytes / vram_bandwidth, always, model.n_used)
     tests = in_order(of(parts[0], False).speeds)
     head = ["in VRAM", "caught", *(f"{t}: stock, ours" for t in tests)]
     head += ["predicted tg128: stock, ours", "by the runtime's speeds: layout, stock, ours"]
@@ -268,7 +275,7 @@ def by_runtime(setting: Setting, stock: Measured, ours: Measured, said: list[Spe
     placed = ours.placed[0] if ours.placed else Placed(0, round(model.layers * setting.part)) if setting.part in (0, 1) else None
     if not said or placed is None:
         return "-"
-    speeds = Speeds(*(statistics.median(getattr(s, name) for s in said) for name in ("ram", "vram", "handover", "layer")))
+    speeds = Speeds(*(statistics.median(getattr(s, name) for s in said) for name in SPEEDS))
     caught = statistics.median(ours.hits) if ours.hits else 0.0
     expected = speeds.decode(model, 0, model.layers - setting.on_cpu, 0.0), speeds.decode(model, placed.split, placed.whole, caught)
     cells = [f"{e:.1f} ({e / m.median('tg128'):.2f})" for e, m in zip(expected, (stock, ours), strict=True)]
@@ -281,13 +288,15 @@ def machine(model: Model, found: Fit, vram_bandwidth: float, prompt: float, prom
     One file cannot tell the GPU's bandwidth from its time per layer, so the bandwidth is given.
     """
     weights = 2 * 512 * (model.other_bytes + model.used * model.expert_bytes)  # about one byte a weight
+    layers = found.base - (model.other_bytes + model.used * model.expert_bytes) / vram_bandwidth - model.layers * found.always
     return {
         "ram_bandwidth": model.layer_bytes / found.cpu,
         "vram_bandwidth": vram_bandwidth,
         "handover": max(found.handover, 0.0),
         "pcie_bandwidth": model.expert_bytes / max(prompt_on_cpu - prompt, 1e-6),
         "compute": weights / prompt,
-        "gpu_layer": max(found.base - (model.other_bytes + model.used * model.expert_bytes) / vram_bandwidth, 0.0) / model.layers,
+        "gpu_layer": max(layers, 0.0) / model.layers,
+        "gpu_experts": found.always,
         "overlap": OVERLAP,
     }
 

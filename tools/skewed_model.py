@@ -5,8 +5,9 @@
 The first experts are the busiest, in every layer: the rows of the router get shorter from expert to expert, row e by
 exp(-A (e / (E - 1))^B), B 0.2, and a longer row is more often among the highest. A is searched for, until decoding with DIR's (patched)
 llama-bench counts the wanted per cent of the selections in the first 25 and 50 per cent of the experts, the mean error of the two nought
-(a random model cannot have both; one alone is met). A file that is there already only gets another router. What A gives depends on the
-weights' type, which is why it is counted. The default is what a set that follows the text catches on the 32-expert model (docs/vram.md).
+(a random model cannot have both; one alone is met). A file that is there already only gets another router and norms. What A gives depends
+on the weights' type, which is why it is counted. The default is what a set that follows the text catches on the 32-expert model
+(docs/vram.md).
 Attention is that of architecture `olmoe` in every case.
 """
 
@@ -27,6 +28,9 @@ from numpy.typing import NDArray
 from rq_gguf.evaluation.balance import COUNTS_VARIABLE, read_counts
 
 POWER = 0.2
+QUIET = 0.02
+"""Weights of the norms before attention and experts: what a layer adds to its input is small, so that every layer's tokens differ as
+much as the first one's. Else attention makes them alike, and deep layers use the same third of their experts all the time."""
 MOST, STEPS, CLOSE = 8.0, 8, 0.3
 """The largest A, tries, and per cent off the wanted at which one is taken."""
 
@@ -71,7 +75,10 @@ def main() -> None:
         write_file(Variant("", (args.type,), tiered=False), shape, args.out)
     file = gguf.GGUFReader(args.out, "r+")
     routers = [t.data for t in file.tensors if t.name.endswith("ffn_gate_inp.weight")]
-    rows = [r / np.linalg.norm(r, axis=1, keepdims=True) * np.float32(0.02 * shape.n_embd**0.5) for r in routers]
+    rows = [r / np.linalg.norm(r, axis=1, keepdims=True) * np.float32(0.02 * shape.n_embd**0.5 / QUIET) for r in routers]
+    for t in file.tensors:
+        if t.name.endswith(("attn_norm.weight", "ffn_norm.weight")):
+            t.data[:] = QUIET
 
     def error(a: float) -> float:
         for router, row in zip(routers, rows, strict=True):

@@ -21,8 +21,11 @@ class Machine:
     """Bytes per second at which experts go up to the GPU for a prompt."""
     compute: float
     """Operations per second of the GPU in a prompt's matrix products."""
-    gpu_layer: float = 60e-6
-    """Seconds that a layer takes on the GPU beyond reading its weights: launches, latency, attention of a short context."""
+    gpu_layer: float = 45e-6
+    """Seconds that a layer takes on the GPU beyond reading its weights, without its routed experts: launches, latency, attention of a short
+    context."""
+    gpu_experts: float = 15e-6
+    """The same of a layer's routed experts, where the GPU holds any."""
     vram: int = 0
     """Bytes of the card, 0 where that does not matter."""
     ram: int = 0
@@ -72,7 +75,7 @@ MACHINES = {
         # RTX 4090, DDR5-6000 in two channels, PCIe 4.0 x16.
         _example("24gb", 24, 1008, 96, 31.5, 60),
         # Measured: experts of Q8_0 at 66 GB/s, of Q4_K at 50 GB/s, on 16 cores of a server.
-        Machine("h100-16-cores", 66e9, 2400e9, 100e-6, 10.8e9, 56e12, 85e-6, 80 * GIB, 0, type_cost={"q4_k": 1.32}),
+        Machine("h100-16-cores", 66e9, 2400e9, 100e-6, 10.8e9, 56e12, 70e-6, 15e-6, 80 * GIB, 0, type_cost={"q4_k": 1.32}),
     )
 }
 """Examples by name: a desktop for each size of card, and the server on which the project's figures of decoding were measured."""

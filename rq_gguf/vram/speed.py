@@ -3,8 +3,9 @@
 A step decodes one token of each of n sequences. On the GPU it takes the bytes of everything but the routed experts over the VRAM's
 bandwidth, and `Machine.gpu_layer` per layer. A layer's routed experts take
 
-    all in VRAM                 the distinct experts' bytes / VRAM bandwidth
-    any other number of slots   handover + those held / VRAM bandwidth + the others / RAM bandwidth
+    all in VRAM                 gpu_experts + the distinct experts' bytes / VRAM bandwidth
+    none                        handover + their bytes / RAM bandwidth
+    any other number of slots   handover + (gpu_experts + those held / VRAM bandwidth) + the others / RAM bandwidth
 
 the last two at the same time: what counts is the longer one, in the mean over tokens. A token's selections are taken to miss the slots
 independently of each other, so with one expert per token nothing overlaps, and with many nearly all of the shorter part is gained. For
@@ -21,6 +22,7 @@ with less.
 A prompt goes through the GPU in batches; experts that it needs and VRAM does not hold are sent up once per batch:
 
     2 x active weights x tokens / compute + per layer that is not whole: handover + bytes of its used experts without a slot / PCIe
+        + per layer: gpu_layer + gpu_experts
 
 Not counted: the KV cache's bytes (a long context) and the vocabulary's sampling.
 """
@@ -159,21 +161,21 @@ def decode_table(experts: Experts, rest: Rest, machine: Machine, power: float, s
         wanted = share**power
         slow = slow * _over(wanted, share)
         fast = fast * _over(1 - wanted, 1 - share)
-    if not machine.overlap:
-        layer = slow + fast
-    elif sequences == 1:
-        layer = longer(slow, fast, wanted, experts.n_used)
-    else:
-        layer = np.maximum(slow, fast)
+    layer = slow + machine.gpu_experts + fast
+    if machine.overlap and sequences == 1:
+        layer[:, :-1] = longer(slow, fast, wanted, experts.n_used, machine.gpu_experts)[:, :-1]
+    elif machine.overlap:
+        layer[:, :-1] = np.maximum(slow, machine.gpu_experts + fast)[:, :-1]
+    layer[:, 0] = slow[:, 0]
     layer[:, :-1] += machine.handover
     base = rest.bytes / machine.vram_bandwidth + rest.layers * machine.gpu_layer
     return Table(_mixed(_before(experts, experts.bytes)), base + _mixed(layer))
 
 
-def longer(slow: Floats, fast: Floats, chance: Floats, n: int) -> Floats:
+def longer(slow: Floats, fast: Floats, chance: Floats, n: int, always: float = 0.0) -> Floats:
     """Mean of the longer one of two parts among which n selections are dealt out, each to the slow part with this chance.
 
-    slow, fast: means of the parts; all of one shape.
+    slow, fast: means of the parts; all of one shape. always: what the fast part takes besides.
     """
     count = np.zeros((*chance.shape, n + 1))  # chance of 0, 1, ... n in the slow part
     count[..., 0] = 1.0
@@ -184,13 +186,14 @@ def longer(slow: Floats, fast: Floats, chance: Floats, n: int) -> Floats:
     each_slow = np.where(chance > 0, slow / np.where(chance > 0, n * chance, 1.0), 0.0)[..., None]
     each_fast = np.where(chance < 1, fast / np.where(chance < 1, n * (1 - chance), 1.0), 0.0)[..., None]
     of_slow = np.arange(n + 1)
-    return np.asarray((count * np.maximum(of_slow * each_slow, (n - of_slow) * each_fast)).sum(axis=-1))
+    return np.asarray((count * np.maximum(of_slow * each_slow, always + (n - of_slow) * each_fast)).sum(axis=-1))
 
 
 def prompt_table(experts: Experts, rest: Rest, machine: Machine, tokens: int = PROMPT_BATCH) -> Table:
     """The same for a batch of a prompt."""
     layer = _behind(experts, chances(experts, tokens) * experts.bytes) / machine.pcie_bandwidth + machine.handover
     layer[:, -1] = 0.0
+    layer += machine.gpu_experts  # all are computed on the GPU
     base = max(2 * rest.active_weights * tokens / machine.compute, rest.bytes / machine.vram_bandwidth) + rest.layers * machine.gpu_layer
     return Table(_mixed(_before(experts, experts.bytes)), base + _mixed(layer))
 

@@ -23,7 +23,7 @@ def test_a_fit_by_hand(tool: ModuleType) -> None:
 
     One expert per token, so that nothing overlaps.
     """
-    found = tool.fit(10.0, 22.0, 16.0, 4, 0.25, gpu=0.5, n_used=1)
+    found = tool.fit(10.0, 22.0, 16.0, 4, 0.25, gpu=0.5, always=0.0, n_used=1)
     assert (found.base, found.handover, found.cpu) == pytest.approx((10, 1, 2.5))
     times = found.stock(4), found.stock(2), found.ours(4, 0.25), found.ours(4, 0.5)
     assert times == pytest.approx((22, 16, 16, 18))
@@ -32,18 +32,27 @@ def test_a_fit_by_hand(tool: ModuleType) -> None:
 def test_a_fit_of_what_overlaps_by_hand(tool: ModuleType) -> None:
     """Of two experts per token 0, 1 or 2 are missed with 1/4, 1/2 and 1/4: 0.5, 1.25 and 2.5 s, and not 1.25 + 0.25 in the mean."""
     parts = 0.5 / 4 + 1.25 / 2 + 2.5 / 4
-    found = tool.fit(10.0, 10 + 4 * 3.0, 10 + 4 * (1 + parts - 0.5), 4, 0.5, gpu=0.5, n_used=2)
+    found = tool.fit(10.0, 10 + 4 * 3.0, 10 + 4 * (1 + parts - 0.5), 4, 0.5, gpu=0.5, always=0.0, n_used=2)
     assert (found.base, found.handover, found.cpu) == pytest.approx((10, 1, 2.5))
     assert found.stock(2) == pytest.approx(16)
 
 
+def test_a_fit_with_what_the_gpus_experts_always_take_by_hand(tool: ModuleType) -> None:
+    """The same with a quarter of a second more for the GPU's, which the CPU's hide but where nothing is missed."""
+    parts = 0.75 / 4 + 1.25 / 2 + 2.5 / 4
+    found = tool.fit(10.0, 10 + 4 * 2.75, 10 + 4 * (1 + parts - 0.75), 4, 0.5, gpu=0.5, always=0.25, n_used=2)
+    assert (found.base, found.handover, found.cpu) == pytest.approx((10, 1, 2.5))
+    assert found.stock(2) == pytest.approx(15.5) and found.ours(4, 0.5) == pytest.approx(10 + 4 * (1 + parts - 0.75))
+
+
 def test_the_runtime_s_speeds_by_hand(tool: ModuleType) -> None:
-    """6 layers, 4 of them with 8 experts of 100 bytes, 2 used; 1000 bytes of others: 10 s in VRAM, 6 s for the layers besides."""
+    """6 layers, 4 of them with 8 experts of 100 bytes, 2 used; 1000 bytes of others: 10 s in VRAM, 6 s for the layers besides,
+    0.5 s for a layer's experts on the GPU, where it has some."""
     model = tool.Model(Path("m.gguf"), layers=4, used=0.25, n_used=1, expert_bytes=3200, other_bytes=1500, read_bytes=1000, blocks=6)
-    speeds = tool.Speeds(ram=10, vram=100, handover=3, layer=1)
-    assert 1 / speeds.decode(model, 0, 4, 0.0) == pytest.approx(10 + 6 + 4 * 2)
-    assert 1 / speeds.decode(model, 0, 1, 0.0) == pytest.approx(10 + 6 + 2 + 3 * (3 + 20))
-    assert 1 / speeds.decode(model, 3, 1, 0.75) == pytest.approx(10 + 6 + 2 + 3 * (3 + 1.5 + 5))
+    speeds = tool.Speeds(ram=10, vram=100, handover=3, layer=1, experts=0.5)
+    assert 1 / speeds.decode(model, 0, 4, 0.0) == pytest.approx(10 + 6 + 4 * 2.5)
+    assert 1 / speeds.decode(model, 0, 1, 0.0) == pytest.approx(10 + 6 + 2.5 + 3 * (3 + 20))
+    assert 1 / speeds.decode(model, 3, 1, 0.75) == pytest.approx(10 + 6 + 2.5 + 3 * (3 + 0.75 * 2.5 + 0.25 * 20))
 
 
 PROGRAM = """#!PYTHON
@@ -54,7 +63,7 @@ seconds = 0.010 + layers * 0.003
 if vram:
     missed = (1 - float(vram[:-1]) / 100) ** 2
     seconds = 0.010 + LAYERS * (0.001 + missed * 0.002)
-    print(f"llama_hot: CUDA0: ram=5e+10,vram=2e+12,handover=0.001,layer=0.0005,q8_0=5e+10", file=sys.stderr)
+    print(f"llama_hot: CUDA0: ram=5e+10,vram=2e+12,handover=0.001,layer=0.0005,experts=1e-06,q8_0=5e+10", file=sys.stderr)
     print(f"llama_hot: experts in fast memory: 1 to 2 of 4 in each of LAYERS layers; 1.0 of 2.0 MiB", file=sys.stderr)
     print(f"llama: experts in fast memory took {100 * (1 - missed):.1f} % of the selections in decoding, 1 % in prompts", file=sys.stderr)
 records = [{"n_prompt": p, "n_gen": 0, "samples_ts": [p / (0.1 + layers * 0.05)]} for p in (512, 2048)]
@@ -72,7 +81,7 @@ def test_a_whole_run(tool: ModuleType, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out" / "bench_vram.md").read_text()
     assert "hand-over 1000 us" in text and "| 25 % | 44 % |" in text and "(1.00)" in text
-    assert "the runtime's speeds: RAM 50.0 GB/s, VRAM 2000 GB/s, hand-over 1000 us, 500 us for any layer" in text
+    assert "the runtime's speeds: RAM 50.0 GB/s, VRAM 2000 GB/s, hand-over 1000 us, 500 us for any layer, 1 us for experts" in text
     assert f"| 0 whole, {tool.read_model(model).layers} split, " in text
     data = json.loads((tmp_path / "out" / "machine-m-4.json").read_text())
     assert data["handover"] == pytest.approx(0.001, rel=0.01)

@@ -25,7 +25,7 @@ from rq_gguf.vram.speed import (
     reads,
 )
 
-HAND = Machine("hand", ram_bandwidth=10, vram_bandwidth=100, handover=1, pcie_bandwidth=20, compute=1000, gpu_layer=0.5)
+HAND = Machine("hand", ram_bandwidth=10, vram_bandwidth=100, handover=1, pcie_bandwidth=20, compute=1000, gpu_layer=0.5, gpu_experts=0)
 
 
 def two_layers() -> tuple[Experts, Rest]:
@@ -67,6 +67,22 @@ def test_the_longer_part_is_no_less_than_both_and_no_more_than_their_sum(chance:
     slow, fast = slow * (chance > 0), fast * (chance < 1)  # a part that nothing falls to takes no time
     mean = float(longer(np.array(slow), np.array(fast), np.array(chance), n))
     assert max(slow, fast) - 1e-9 <= mean <= slow + fast + 1e-9
+
+
+def test_what_the_gpus_experts_always_take_by_hand() -> None:
+    """A second per layer, which the CPU's 6 s hide where its one expert is not held."""
+    experts, rest = two_layers()
+    machine = replace(HAND, gpu_experts=1.0)
+    table = decode_table(experts, rest, machine, power=1.0)
+    assert table.at(Layout(0, 0)) == pytest.approx(3.5 + 2 * (1 + 6))  # the GPU has none
+    assert table.at(Layout(0, 1)) == pytest.approx(3.5 + 2 * (1 + 0.5 * 1.6 + 0.5 * 6))
+    assert table.at(Layout(1, 0)) == pytest.approx(3.5 + 7 + 1.6)
+    apart = decode_table(experts, rest, replace(machine, overlap=False), power=1.0)
+    assert apart.at(Layout(0, 1)) == pytest.approx(3.5 + 2 * (1 + 1 + 0.5 * 0.6 + 0.5 * 6))
+    together = decode_table(experts, rest, machine, power=1.0, sequences=2)
+    assert together.at(Layout(0, 1)) == pytest.approx(3.5 + 2 * (1 + 0.875 * 6))
+    assert prompt_table(experts, rest, machine, tokens=2).at(Layout(2, 0)) == pytest.approx(3.5 + 2)
+    assert longer(np.array([6.0]), np.array([1.0]), np.array([0.5]), 2, 3.0) == pytest.approx([(5 + 2 * 6 + 12) / 4])
 
 
 def test_several_sequences_by_hand() -> None:

@@ -22,8 +22,8 @@ static bool refused(const char * text) {
 }
 
 static void test_speeds() {
-    const auto s = llama_hot_speeds::parse("ram=5e10,vram=4e11,handover=8e-5,layer=6e-5,q4_K=4e10", NAMES);
-    CHECK(std::fabs(s.ram*5e10 - 1) < 1e-12 && std::fabs(s.vram*4e11 - 1) < 1e-12 && s.handover == 8e-5 && s.layer == 6e-5);
+    const auto s = llama_hot_speeds::parse("ram=5e10,vram=4e11,handover=8e-5,layer=6e-5,experts=2e-5,q4_K=4e10", NAMES);
+    CHECK(std::fabs(s.ram*5e10 - 1) < 1e-12 && std::fabs(s.vram*4e11 - 1) < 1e-12 && s.handover == 8e-5 && s.layer == 6e-5 && s.experts == 2e-5);
     CHECK(std::fabs(s.ram_of(2)*4e10 - 1) < 1e-12 && s.ram_of(3) == s.ram);
 
     const auto again = llama_hot_speeds::parse(s.str(NAMES), NAMES);
