@@ -1,7 +1,7 @@
 """Busy experts in VRAM against stock's layout in the same VRAM, and the model of speed beside both.
 
     python tools/bench_vram.py FILE.gguf [FILE.gguf ...] --stock DIR --patched DIR [--parts 10,25,50,75,90] [--threads 16,8,4]
-        [--prompts 512,2048] [--sequences 2,4,8] [--rounds 3] [--seconds 500] [--vram-bandwidth 2400] [--out DIR]
+        [--prompts 512,2048] [--sequences 2,4,8] [--load-mode none] [--rounds 3] [--seconds 500] [--vram-bandwidth 2400] [--out DIR]
 
 DIR: where llama-bench lies, and llama-batched-bench for --sequences. Files are stock GGUFs with routed experts (tools/skewed_model.py makes
 some). For each part (per cent) of the experts' bytes: stock llama.cpp
@@ -70,6 +70,10 @@ class Model:
         """Of a layer's experts, that a token reads."""
         return self.used * self.expert_bytes / self.layers
 
+    def on_cpu(self, part: float) -> int:
+        """Layers that stock's layout leaves to the CPU with a part of the experts in VRAM."""
+        return round(self.layers * (1 - part))
+
 
 def both(cpu: float, gpu: float, missed: float, n_used: int, always: float = 0.0) -> float:
     """Seconds of a layer's two parts, of which each takes so many in the mean. missed: part of the selections that is the CPU's; always:
@@ -116,11 +120,13 @@ class Setting:
     part: float
     """Of the experts' bytes in VRAM."""
     ours: bool
+    load_mode: str
+    """llama.cpp's; with `none` experts go up from pinned memory."""
 
     @property
     def on_cpu(self) -> int:
         """Layers, of stock's layout."""
-        return round(self.model.layers * (1 - self.part))
+        return self.model.on_cpu(self.part)
 
 
 @dataclass
@@ -192,7 +198,7 @@ def read_model(path: Path) -> Model:
 
 def run(s: Setting, programs: Path, name: str, options: list[str], log: Path) -> "subprocess.CompletedProcess[str]":
     """One of llama.cpp's programs as the setting wants it. Raises CalledProcessError."""
-    command = [str(programs / name), "-m", str(s.model.path), "-t", str(s.threads), "-ngl", "99", *options]
+    command = [str(programs / name), "-m", str(s.model.path), "-t", str(s.threads), "-ngl", "99", "-lm", s.load_mode, *options]
     environment = {**os.environ, "LLAMA_ARG_THREADS": str(s.threads)}
     if not s.ours and s.on_cpu:
         command += ["-ncmoe", str(s.on_cpu)]
@@ -233,7 +239,7 @@ def table(
     """Rows by part; and the fit, where the runtime said what was hit. vram_bandwidth: bytes per second."""
 
     def of(part: float, ours: bool) -> Measured:
-        return results[Setting(model, threads, part, ours)]
+        return next(r for s, r in results.items() if (s.model, s.threads, s.part, s.ours) == (model, threads, part, ours))
 
     def missed(part: float) -> float | None:
         if part in (0, 1):
@@ -259,25 +265,24 @@ def table(
         if found is None or left is None:
             row.append("-")
         else:
-            on_cpu = round(model.layers * (1 - part))
+            on_cpu = model.on_cpu(part)
             expected = 1 / found.stock(on_cpu), 1 / (found.ours(model.layers, left) if part < 1 else found.base)
             over = [e / of_it.median("tg128") for e, of_it in zip(expected, (stock, ours), strict=True)]
             fitted = ["fitted" if part in (0, 1) else f"{over[0]:.2f}", "fitted" if part in (taken, 1) else f"{over[1]:.2f}"]
             row.append(", ".join(f"{e:.1f} ({f})" for e, f in zip(expected, fitted, strict=True)))
-        row.append(by_runtime(Setting(model, threads, part, True), stock, ours, said))
+        row.append(by_runtime(model, part, stock, ours, said))
         lines.append("| " + " | ".join(row) + " |")
     return lines, found
 
 
-def by_runtime(setting: Setting, stock: Measured, ours: Measured, said: list[Speeds]) -> str:
+def by_runtime(model: Model, part: float, stock: Measured, ours: Measured, said: list[Speeds]) -> str:
     """A cell: whole and split layers, then tokens per second predicted and over those measured. said: by all runs on the model."""
-    model = setting.model
-    placed = ours.placed[0] if ours.placed else Placed(0, round(model.layers * setting.part)) if setting.part in (0, 1) else None
+    placed = ours.placed[0] if ours.placed else Placed(0, round(model.layers * part)) if part in (0, 1) else None
     if not said or placed is None:
         return "-"
     speeds = Speeds(*(statistics.median(getattr(s, name) for s in said) for name in SPEEDS))
     caught = statistics.median(ours.hits) if ours.hits else 0.0
-    expected = speeds.decode(model, 0, model.layers - setting.on_cpu, 0.0), speeds.decode(model, placed.split, placed.whole, caught)
+    expected = speeds.decode(model, 0, model.layers - model.on_cpu(part), 0.0), speeds.decode(model, placed.split, placed.whole, caught)
     cells = [f"{e:.1f} ({e / m.median('tg128'):.2f})" for e, m in zip(expected, (stock, ours), strict=True)]
     return f"{placed.whole} whole, {placed.split} split, " + ", ".join(cells)
 
@@ -312,6 +317,7 @@ def main() -> None:
     p.add_argument("--threads", default=str(os.cpu_count() or 1))
     p.add_argument("--prompts", default="512,2048", help="their tokens")
     p.add_argument("--sequences", default="", help="numbers of them to decode at a time, besides one")
+    p.add_argument("--load-mode", default="auto", help="llama.cpp's; with `none` experts go up from pinned memory (default auto: mmap)")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--seconds", type=float, default=500)
     p.add_argument("--vram-bandwidth", type=float, default=2400, help="GB/s that the GPU's weights are read at (default 2400)")
@@ -321,7 +327,7 @@ def main() -> None:
     parts = sorted({float(x) / 100 for x in args.parts.split(",")} | (set() if args.no_ends else {0.0, 1.0}))
     models, threads = [read_model(f) for f in args.files], [int(t) for t in args.threads.split(",")]
     sequences = [int(n) for n in args.sequences.split(",") if n]
-    settings = [Setting(m, t, part, ours) for m in models for t in threads for part in parts for ours in (False, True)]
+    settings = [Setting(m, t, part, ours, args.load_mode) for m in models for t in threads for part in parts for ours in (False, True)]
     results = {s: Measured() for s in settings}
     for _ in rounds_before(started + args.seconds, args.rounds):
         for s in random.sample(settings, len(settings)):
@@ -343,7 +349,7 @@ def main() -> None:
                     "",
                 ]
             if found is not None and "512" in args.prompts.split(","):
-                prompt, on_cpu = (512 / results[Setting(m, t, part, False)].median("pp512") for part in (1.0, 0.0))
+                prompt, on_cpu = (512 / results[Setting(m, t, part, False, args.load_mode)].median("pp512") for part in (1.0, 0.0))
                 made = machine(m, found, 1e9 * args.vram_bandwidth, prompt, on_cpu)
                 (args.out / f"machine-{m.path.stem}-{t}.json").write_text(json.dumps(made, indent=1) + "\n")
             for said in [f for s, r in results.items() if (s.model, s.threads) == (m, t) for f in r.found][:1]:
