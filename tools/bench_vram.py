@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,6 @@ PROMPT, DECODED = 64, 128
 """Tokens of each sequence with llama-batched-bench."""
 _HITS = re.compile(r"experts in fast memory took ([\d.]+) ?% of the selections in decoding")
 _SPEEDS = re.compile(r"llama_hot: \S+: ram=([^,]+),vram=([^,]+),handover=([^,]+),layer=([^,]+),experts=([^,\s]+)")
-SPEEDS = ("ram", "vram", "handover", "layer", "experts")
 _SPLIT = re.compile(r"experts in fast memory: \d+(?: to \d+)? of \d+ in each of (\d+) layers")
 _WHOLE = re.compile(r"experts in fast memory: all in (\d+) layers, none")
 
@@ -120,8 +119,6 @@ class Setting:
     part: float
     """Of the experts' bytes in VRAM."""
     ours: bool
-    load_mode: str
-    """llama.cpp's; with `none` experts go up from pinned memory."""
 
     @property
     def on_cpu(self) -> int:
@@ -198,7 +195,7 @@ def read_model(path: Path) -> Model:
 
 def run(s: Setting, programs: Path, name: str, options: list[str], log: Path) -> "subprocess.CompletedProcess[str]":
     """One of llama.cpp's programs as the setting wants it. Raises CalledProcessError."""
-    command = [str(programs / name), "-m", str(s.model.path), "-t", str(s.threads), "-ngl", "99", "-lm", s.load_mode, *options]
+    command = [str(programs / name), "-m", str(s.model.path), "-t", str(s.threads), "-ngl", "99", *options]
     environment = {**os.environ, "LLAMA_ARG_THREADS": str(s.threads)}
     if not s.ours and s.on_cpu:
         command += ["-ncmoe", str(s.on_cpu)]
@@ -213,15 +210,16 @@ def run(s: Setting, programs: Path, name: str, options: list[str], log: Path) ->
     return done
 
 
-def measure(s: Setting, programs: Path, prompts: str, sequences: list[int], log: Path, into: Measured) -> None:
+def measure(s: Setting, programs: Path, prompts: str, sequences: list[int], load_mode: str, log: Path, into: Measured) -> None:
     """A run of llama-bench that decodes, so that no other test's prompts decide what is held, one for prompts, and one of
     llama-batched-bench where there are sequences. Raises CalledProcessError."""
-    done = run(s, programs, "llama-bench", ["-v", "-p", "0", "-n", "128", "-r", "3", "-o", "json"], log)
+    mode = ["-lm", load_mode]
+    done = run(s, programs, "llama-bench", [*mode, "-v", "-p", "0", "-n", "128", "-r", "3", "-o", "json"], log)
     speeds = bench_speeds(done.stdout)
     if prompts:
-        speeds |= bench_speeds(run(s, programs, "llama-bench", ["-p", prompts, "-n", "0", "-r", "2", "-o", "json"], log).stdout)
+        speeds |= bench_speeds(run(s, programs, "llama-bench", [*mode, "-p", prompts, "-n", "0", "-r", "2", "-o", "json"], log).stdout)
     if sequences:
-        options = ["-fit", "off", *batched_options(sequences, PROMPT, DECODED)]
+        options = [*mode, "-fit", "off", *batched_options(sequences, PROMPT, DECODED)]
         printed = run(s, programs, "llama-batched-bench", options, log).stdout
         speeds |= {f"{n} seq": speed for n, speed in batched_speeds(printed).items()}
     for test, speed in speeds.items():
@@ -239,7 +237,7 @@ def table(
     """Rows by part; and the fit, where the runtime said what was hit. vram_bandwidth: bytes per second."""
 
     def of(part: float, ours: bool) -> Measured:
-        return next(r for s, r in results.items() if (s.model, s.threads, s.part, s.ours) == (model, threads, part, ours))
+        return results[Setting(model, threads, part, ours)]
 
     def missed(part: float) -> float | None:
         if part in (0, 1):
@@ -249,10 +247,10 @@ def table(
     inner = [p for p in parts if 0 < p < 1]
     taken = min(inner, key=lambda p: abs(p - 0.5)) if inner else None
     found, left = None, None if taken is None else missed(taken)
-    said = [f for s, r in results.items() if (s.model, s.threads) == (model, threads) for f in r.found]
+    speeds = typical([f for s, r in results.items() if (s.model, s.threads) == (model, threads) for f in r.found])
     if taken is not None and left is not None and left < 1 and {0.0, 1.0} <= set(parts):
         base, cpu, split = (1 / of(p, ours).median("tg128") for p, ours in ((1.0, False), (0.0, False), (taken, True)))
-        always = statistics.median(f.experts for f in said) if said else 0.0
+        always = speeds.experts if speeds else 0.0
         found = fit(base, cpu, split, model.layers, left, model.layer_bytes / vram_bandwidth, always, model.n_used)
     tests = in_order(of(parts[0], False).speeds)
     head = ["in VRAM", "caught", *(f"{t}: stock, ours" for t in tests)]
@@ -270,19 +268,24 @@ def table(
             over = [e / of_it.median("tg128") for e, of_it in zip(expected, (stock, ours), strict=True)]
             fitted = ["fitted" if part in (0, 1) else f"{over[0]:.2f}", "fitted" if part in (taken, 1) else f"{over[1]:.2f}"]
             row.append(", ".join(f"{e:.1f} ({f})" for e, f in zip(expected, fitted, strict=True)))
-        row.append(by_runtime(model, part, stock, ours, said))
+        row.append(by_runtime(model, part, stock, ours, speeds))
         lines.append("| " + " | ".join(row) + " |")
     return lines, found
 
 
-def by_runtime(model: Model, part: float, stock: Measured, ours: Measured, said: list[Speeds]) -> str:
-    """A cell: whole and split layers, then tokens per second predicted and over those measured. said: by all runs on the model."""
-    placed = ours.placed[0] if ours.placed else Placed(0, round(model.layers * part)) if part in (0, 1) else None
-    if not said or placed is None:
+def typical(said: list[Speeds]) -> Speeds | None:
+    """Medians; None where nothing was said."""
+    return Speeds(*map(statistics.median, zip(*map(astuple, said), strict=True))) if said else None
+
+
+def by_runtime(model: Model, part: float, stock: Measured, ours: Measured, speeds: Speeds | None) -> str:
+    """A cell: whole and split layers, then tokens per second predicted and over those measured. speeds: by all runs on the model."""
+    whole = model.layers - model.on_cpu(part)
+    placed = ours.placed[0] if ours.placed else Placed(0, whole) if part in (0, 1) else None
+    if speeds is None or placed is None:
         return "-"
-    speeds = Speeds(*(statistics.median(getattr(s, name) for s in said) for name in SPEEDS))
     caught = statistics.median(ours.hits) if ours.hits else 0.0
-    expected = speeds.decode(model, 0, model.layers - model.on_cpu(part), 0.0), speeds.decode(model, placed.split, placed.whole, caught)
+    expected = speeds.decode(model, 0, whole, 0.0), speeds.decode(model, placed.split, placed.whole, caught)
     cells = [f"{e:.1f} ({e / m.median('tg128'):.2f})" for e, m in zip(expected, (stock, ours), strict=True)]
     return f"{placed.whole} whole, {placed.split} split, " + ", ".join(cells)
 
@@ -292,14 +295,14 @@ def machine(model: Model, found: Fit, vram_bandwidth: float, prompt: float, prom
 
     One file cannot tell the GPU's bandwidth from its time per layer, so the bandwidth is given.
     """
-    weights = 2 * 512 * (model.other_bytes + model.used * model.expert_bytes)  # about one byte a weight
-    layers = found.base - (model.other_bytes + model.used * model.expert_bytes) / vram_bandwidth - model.layers * found.always
+    read = model.other_bytes + model.used * model.expert_bytes
+    layers = found.base - read / vram_bandwidth - model.layers * found.always
     return {
         "ram_bandwidth": model.layer_bytes / found.cpu,
         "vram_bandwidth": vram_bandwidth,
         "handover": max(found.handover, 0.0),
         "pcie_bandwidth": model.expert_bytes / max(prompt_on_cpu - prompt, 1e-6),
-        "compute": weights / prompt,
+        "compute": 2 * 512 * read / prompt,  # about one byte a weight
         "gpu_layer": max(layers, 0.0) / model.layers,
         "gpu_experts": found.always,
         "overlap": OVERLAP,
@@ -327,11 +330,13 @@ def main() -> None:
     parts = sorted({float(x) / 100 for x in args.parts.split(",")} | (set() if args.no_ends else {0.0, 1.0}))
     models, threads = [read_model(f) for f in args.files], [int(t) for t in args.threads.split(",")]
     sequences = [int(n) for n in args.sequences.split(",") if n]
-    settings = [Setting(m, t, part, ours, args.load_mode) for m in models for t in threads for part in parts for ours in (False, True)]
+    settings = [Setting(m, t, part, ours) for m in models for t in threads for part in parts for ours in (False, True)]
     results = {s: Measured() for s in settings}
     for _ in rounds_before(started + args.seconds, args.rounds):
         for s in random.sample(settings, len(settings)):
-            measure(s, args.patched if s.ours else args.stock, args.prompts, sequences, args.out / "bench_vram.log", results[s])
+            measure(
+                s, args.patched if s.ours else args.stock, args.prompts, sequences, args.load_mode, args.out / "bench_vram.log", results[s]
+            )
         data = [
             {"file": s.model.path.name, "threads": s.threads, "part": s.part, "ours": s.ours, "hits": r.hits, **r.speeds}
             | {"found": [asdict(f) for f in r.found], "placed": [asdict(f) for f in r.placed]}
@@ -349,7 +354,7 @@ def main() -> None:
                     "",
                 ]
             if found is not None and "512" in args.prompts.split(","):
-                prompt, on_cpu = (512 / results[Setting(m, t, part, False, args.load_mode)].median("pp512") for part in (1.0, 0.0))
+                prompt, on_cpu = (512 / results[Setting(m, t, part, False)].median("pp512") for part in (1.0, 0.0))
                 made = machine(m, found, 1e9 * args.vram_bandwidth, prompt, on_cpu)
                 (args.out / f"machine-{m.path.stem}-{t}.json").write_text(json.dumps(made, indent=1) + "\n")
             for said in [f for s, r in results.items() if (s.model, s.threads) == (m, t) for f in r.found][:1]:

@@ -31,7 +31,8 @@ prompt=$(head -c 700 "$root/README.md")
 run_case() {
     local name=$1 tool=$2 start=$SECONDS status=0
     timeout "$limit" "$sanitizer" --tool "$tool" --report-api-errors no --leak-check no --error-exitcode 66 "$program" -m "$model" -ngl 99 \
-        --override-kv rq.vram_layout=str:slots -no-cnv --fit off -p "$prompt" -n 100 --ignore-eos --temp 0 -t 2 -c 1024 -lv 4 "${@:3}" >"$work/log" 2>&1 </dev/null || status=$?
+        --override-kv rq.vram_layout=str:slots -no-cnv --fit off -p "$prompt" -n 100 --ignore-eos --temp 0 -t 2 -c 1024 -lv 4 "${@:3}" \
+        >"$work/log" 2>&1 </dev/null || status=$?
     if [ "$status" -ne 0 ] || ! grep -Eq "SUMMARY: 0 (errors|hazards)" "$work/log"; then
         tail -n 60 "$work/log" >&2
         echo "$tool, $name: exit status $status" >&2

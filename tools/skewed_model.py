@@ -45,6 +45,15 @@ def catch(counted: NDArray[np.int64], part: float) -> float:
     return 100 * float(counted[:, : round(part * counted.shape[1] / 100)].sum() / counted.sum())
 
 
+def decoded(programs: Path, model: Path, tokens: int = 128) -> NDArray[np.int64]:
+    """[layers, n_expert] selections while llama-bench decodes. Raises CalledProcessError."""
+    with tempfile.TemporaryDirectory() as folder:
+        counts = Path(folder, "counts.json")
+        command = [programs / "llama-bench", "-m", model, "-ngl", "99", "-p", "0", "-n", str(tokens), "-r", "1"]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, COUNTS_VARIABLE: str(counts)})
+        return np.stack([layer.logical for layer in read_counts(counts).layers])
+
+
 def search(error: Callable[[float], float], most: float, steps: int, close: float) -> float:
     """Where a rising error is nought between 0 and most, by halving. Raises ValueError where it is not reached."""
     low, high = 0.0, most
@@ -84,11 +93,7 @@ def main() -> None:
         for router, row in zip(routers, rows, strict=True):
             router[:] = row * lengths(shape.n_expert, a)[:, None]
         file.data.flush()
-        with tempfile.TemporaryDirectory() as folder:
-            counts = Path(folder, "counts.json")
-            command = [args.programs / "llama-bench", "-m", args.out, "-ngl", "99", "-p", "0", "-n", "128", "-r", "1"]
-            subprocess.run(command, check=True, capture_output=True, env={**os.environ, COUNTS_VARIABLE: str(counts)})
-            layers = np.stack([layer.logical for layer in read_counts(counts).layers])
+        layers = decoded(args.programs, args.out)
         told = ", ".join(f"{catch(layers, part):.1f} % in the first {part} %" for part in (25, 50))
         print(f"{args.out.name}: A {a:.3f}: of the selections {told}", file=sys.stderr, flush=True)
         return float(np.mean([catch(layers, part) - share for share, part in wanted]))

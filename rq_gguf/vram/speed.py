@@ -161,12 +161,13 @@ def decode_table(experts: Experts, rest: Rest, machine: Machine, power: float, s
         wanted = share**power
         slow = slow * _over(wanted, share)
         fast = fast * _over(1 - wanted, 1 - share)
-    layer = slow + machine.gpu_experts + fast
-    if machine.overlap and sequences == 1:
-        layer[:, :-1] = longer(slow, fast, wanted, experts.n_used, machine.gpu_experts)[:, :-1]
-    elif machine.overlap:
-        layer[:, :-1] = np.maximum(slow, machine.gpu_experts + fast)[:, :-1]
-    layer[:, 0] = slow[:, 0]
+    if not machine.overlap:
+        layer = slow + machine.gpu_experts + fast
+    elif sequences == 1:
+        layer = longer(slow, fast, wanted, experts.n_used, machine.gpu_experts)
+    else:
+        layer = np.maximum(slow, machine.gpu_experts + fast)
+    layer[:, 0] = slow[:, 0]  # the GPU has none
     layer[:, :-1] += machine.handover
     base = rest.bytes / machine.vram_bandwidth + rest.layers * machine.gpu_layer
     return Table(_mixed(_before(experts, experts.bytes)), base + _mixed(layer))
