@@ -60,17 +60,24 @@ def test_without_adapting_less_is_expected(stock_demo: Path, read: Reader, token
     assert prediction(adapted.log)[0] > prediction(fixed.log)[0]
 
 
-def test_speeds_are_measured_once(stock_demo: Path, read: Reader, tokens: list[int], tmp_path: Path) -> None:
+def test_speeds_are_measured_three_times(stock_demo: Path, read: Reader, tokens: list[int], tmp_path: Path) -> None:
     def load(**options: str | int | bool) -> str:
         settings = {"rq.vram": "50%", "rq.vram_layout": "auto", **{f"rq.{k}": v for k, v in options.items()}}
         return read(stock_demo, reading(tokens[:8], 6), settings).log
 
-    first, again = load(), load()
-    assert float(MEASURED.findall(first)[0]) < 2
-    assert not MEASURED.search(again)
-    assert prediction(first) == pytest.approx(prediction(again), rel=0.01)
     file = tmp_path / "cache" / "expert-speeds.txt"
-    assert len(file.read_text().splitlines()) == 1 and [p.name for p in file.parent.iterdir()] == [file.name]
+    logs, found = [], []
+    for times in (1, 2, 3, 3):
+        logs.append(load())
+        [line] = file.read_text().splitlines()
+        assert line.split()[1] == str(times) and [p.name for p in file.parent.iterdir()] == [file.name]
+        found.append([float(x.split("=")[1]) for x in line.split()[2].split(",")])
+    assert all(float(MEASURED.findall(log)[0]) < 2 for log in logs[:3])
+    # Bytes per second grow and seconds shrink from time to time: another program's work only makes them worse.
+    for before, after in zip(found[:-1], found[1:], strict=True):
+        assert all(b <= a if a > 1 else b >= a for b, a in zip(before, after, strict=True))
+    assert not MEASURED.search(logs[3])
+    assert prediction(logs[2]) == pytest.approx(prediction(logs[3]), rel=0.01)
     # Other threads, another entry; asked for, another measurement in the same one.
     assert MEASURED.search(load(vram_threads=1)) and len(file.read_text().splitlines()) == 2
     assert MEASURED.search(load(vram_threads=1, vram_speeds="new")) and len(file.read_text().splitlines()) == 2
@@ -83,11 +90,11 @@ def test_a_spoilt_file_is_replaced(content: bytes | None, stock_demo: Path, read
     file.parent.mkdir()
     if content is None:
         prediction(read(stock_demo, reading(tokens[:8], 6), options).log)
-        content = file.read_bytes().split()[0] + b" ram=0,vram=nan\n"
+        content = file.read_bytes().split()[0] + b" 3 ram=0,vram=nan\n"
     file.write_bytes(content)
     log = read(stock_demo, reading(tokens[:8], 6), options).log
     assert MEASURED.search(log) and prediction(log)[0] > 0
-    assert re.fullmatch(rb"[0-9a-f]{16} ram=\S+\n", file.read_bytes())
+    assert re.fullmatch(rb"[0-9a-f]{16} 1 ram=\S+\n", file.read_bytes())
 
 
 def test_no_place_to_remember(stock_demo: Path, read: Reader, tokens: list[int], tmp_path: Path) -> None:

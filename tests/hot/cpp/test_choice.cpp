@@ -29,6 +29,11 @@ static void test_speeds() {
     const auto again = llama_hot_speeds::parse(s.str(NAMES), NAMES);
     CHECK(std::fabs(again.ram/s.ram - 1) < 1e-3 && again.by_type.size() == 1 && again.by_type[0].first == 2);
 
+    const auto t = llama_hot_speeds::parse("ram=6e10,vram=3e11,handover=9e-5,layer=5e-5,experts=1e-5,q8_0=7e10,q4_K=3e10", NAMES);
+    for (const auto & both : { llama_hot_speeds::fastest(s, t), llama_hot_speeds::fastest(t, s) }) {
+        CHECK(both.ram == t.ram && both.vram == s.vram && both.handover == s.handover && both.layer == t.layer && both.experts == t.experts);
+        CHECK(both.by_type.size() == 2 && both.ram_of(3) == t.ram_of(3) && both.ram_of(2) == s.ram_of(2));
+    }
     CHECK(llama_hot_speeds::parse("ram=5e10 vram=4e11 handover=8e-5", NAMES).handover == 8e-5); // commas separate options of programs
 
     for (const char * bad : {
