@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Busy experts in fast memory under ThreadSanitizer, or AddressSanitizer and UndefinedBehaviorSanitizer: prompts, decoding and exchanges on
 # a device behind RPC, several contexts and models at a time, and too little memory (tests/hot/cpp/exchange.cpp); on a device that works
-# beside the CPU on a thread of its own (tests/hot/cpp/overlap.cpp). Needs `rq-gguf runtime
+# beside the CPU on a thread of its own (tests/hot/cpp/overlap.cpp and staging.cpp). Needs `rq-gguf runtime
 # install` (for the source) and .venv; a quarter of an hour on 2 cores the first time. Fails on any finding but three in llama.cpp's own RPC:
 # a device remembers the last graph without a lock, so two contexts must not use it at the same time; a server reads messages from
 # addresses that are not aligned; what a client registers is never freed (leaks are not looked for).
@@ -31,7 +31,7 @@ cmake -S "$source_dir" -B "$build" -G "$generator" -DCMAKE_BUILD_TYPE=RelWithDeb
     -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DCMAKE_C_COMPILER_LAUNCHER="$launcher" -DCMAKE_CXX_COMPILER_LAUNCHER="$launcher" \
     >"$build.log" 2>&1 || { tail -n 20 "$build.log" >&2; exit 1; }
 cmake --build "$build" --target llama ggml-rpc -j "$(nproc)" >>"$build.log" 2>&1 || { tail -n 20 "$build.log" >&2; exit 1; }
-for program in exchange overlap; do
+for program in exchange overlap staging; do
     c++ -std=c++17 -O1 -g1 "-fsanitize=$sanitizers" -I "$source_dir/include" -I "$source_dir/ggml/include" -I "$source_dir/ggml/src" \
         "tests/hot/cpp/$program.cpp" -o "$build/bin/$program" -L "$build/bin" -Wl,-rpath,"$build/bin" -lllama -lggml-rpc -lggml -lggml-cpu -lggml-base -lpthread
 done
@@ -66,6 +66,7 @@ for name in "${cases[@]}"; do
 done
 for works in order thread; do
     run_case "overlap, $works" overlap "$works" "$model"
+    run_case "staging, $works" staging "$works" "$model"
 done
 if grep -q "Sanitizer\|runtime error" "$work/device"; then
     cat "$work/device" >&2

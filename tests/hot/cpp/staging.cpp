@@ -1,0 +1,238 @@
+// Experts that go up for prompts by way of pinned memory, to a device that really works beside the host (async_device.h): the numbers are
+// the CPU's, the used experts and no others are copied, and no chunk is filled again before it is read. For tests/hot and
+// tools/sanitize_hot.sh.
+//
+//   staging order|thread MODEL.gguf     the device works as late as can be, or on its own thread; exit status 0 if all holds
+
+#include "async_device.h"
+
+#include "ggml-cpu.h"
+#include "ggml-tiers.h"
+#include "llama-cpp.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <random>
+#include <string>
+
+#define CHECK(x) do { if (!(x)) { fprintf(stderr, "line %d: %s\n", __LINE__, #x); exit(1); } } while (0)
+
+//
+// by hand
+//
+
+static const int N_EMBD   = 256;
+static const int N_ROWS   = 2048;
+static const int N_EXPERT = 70; // of Q8_0: more than all chunks
+static const int N_USED   = 6;
+static const int N_TOKENS = 40;
+static const int N_TAIL   = 512; // bytes behind an expert that are copied with it
+
+struct layer {
+    std::vector<ggml_type> types;
+    std::vector<int32_t>   picks; // the experts that may be selected
+    std::vector<ggml_tensor *> tiers;
+    std::vector<int32_t>       ids;
+};
+
+static std::vector<layer> make_layers() {
+    std::vector<int32_t> all, odd, spread;
+    for (int i = 0; i < N_EXPERT; i++) {
+        all.push_back(i);
+        if (i % 2) {
+            odd.push_back(i);
+        }
+        if (i % 7 < 3) {
+            spread.push_back(i);
+        }
+    }
+    const auto q8 = GGML_TYPE_Q8_0;
+    const auto q4 = GGML_TYPE_Q4_0;
+    std::vector<layer> res;
+    for (const auto & picks : { all, odd, std::vector<int32_t>{ 0 }, std::vector<int32_t>{ N_EXPERT - 1 }, std::vector<int32_t>{ -1 }, spread, all }) {
+        res.push_back({ { q8 }, picks, {}, {} });
+    }
+    // of two tiers, and nothing of the first one
+    res.push_back({ { q8, q4 }, { 3, 4, 5, N_EXPERT - 1, N_EXPERT, N_EXPERT + 9, 2*N_EXPERT - 1, -1 }, {}, {} });
+    res.push_back({ { q8, q4 }, { N_EXPERT + 1, N_EXPERT + 3 }, {}, {} });
+    res.push_back({ { q8 }, all, {}, {} });
+    return res;
+}
+
+// bytes that are to be copied
+static size_t used_bytes(const layer & l) {
+    size_t res = 0;
+    for (size_t t = 0; t < l.tiers.size(); t++) {
+        for (int e = 0; e < N_EXPERT; e++) {
+            const auto is_used = [&](int i) { return i < N_EXPERT && std::count(l.ids.begin(), l.ids.end(), (int) t*N_EXPERT + i) > 0; };
+            if (is_used(e)) {
+                res += l.tiers[t]->nb[2] + (!is_used(e + 1) && e + 1 < N_EXPERT ? N_TAIL : 0);
+            }
+        }
+    }
+    return res;
+}
+
+static void copy_ids(ggml_tensor * dst, int ith, int, void * ids) {
+    if (ith == 0) {
+        memcpy(dst->data, ids, ggml_nbytes(dst));
+    }
+}
+
+// of all layers, two times. dev: nullptr for the CPU alone
+static std::vector<float> compute(ggml_backend_t dev, std::vector<layer> & layers, ggml_tensor * x) {
+    ggml_backend_ptr cpu(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    ggml_backend_cpu_set_n_threads(cpu.get(), 2);
+
+    ggml_backend_t backends[] = { dev ? dev : cpu.get(), cpu.get() };
+    ggml_backend_sched_ptr sched(ggml_backend_sched_new(dev ? backends : backends + 1, nullptr, dev ? 2 : 1, 256, false, false));
+    ggml_context_ptr ctx(ggml_init({ ggml_tensor_overhead()*256 + ggml_graph_overhead(), nullptr, true }));
+    ggml_cgraph * gf = ggml_new_graph(ctx.get());
+
+    ggml_tensor * sum = nullptr;
+    for (layer & l : layers) {
+        ggml_tensor * ids = ggml_custom_4d(ctx.get(), GGML_TYPE_I32, N_USED, N_TOKENS, 1, 1, &x, 1, copy_ids, 1, l.ids.data());
+        ggml_tensor * y   = ggml_mul_mat_tiers(ctx.get(), l.tiers.data(), (int) l.tiers.size(), x, ids);
+        ggml_build_forward_expand(gf, y);
+        ggml_backend_sched_set_tensor_backend(sched.get(), ids, cpu.get());
+        ggml_backend_sched_set_tensor_backend(sched.get(), y, backends[0]);
+        sum = sum ? ggml_add(ctx.get(), sum, y) : y;
+        ggml_build_forward_expand(gf, sum);
+        ggml_backend_sched_set_tensor_backend(sched.get(), sum, backends[0]);
+    }
+    CHECK(ggml_backend_sched_alloc_graph(sched.get(), gf));
+
+    std::vector<float> res(2*ggml_nelements(sum));
+    for (int i = 0; i < 2; i++) {
+        CHECK(ggml_backend_sched_graph_compute(sched.get(), gf) == GGML_STATUS_SUCCESS);
+        ggml_backend_tensor_get(sum, res.data() + i*ggml_nelements(sum), 0, ggml_nbytes(sum));
+    }
+    return res;
+}
+
+static void test_by_hand(async_device & device) {
+    std::vector<layer> layers = make_layers();
+    ggml_context_ptr ctx(ggml_init({ ggml_tensor_overhead()*64, nullptr, true }));
+    for (layer & l : layers) {
+        for (const ggml_type type : l.types) {
+            l.tiers.push_back(ggml_set_name(ggml_new_tensor_3d(ctx.get(), type, N_EMBD, N_ROWS, N_EXPERT), "exps"));
+        }
+    }
+    ggml_tensor * x = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, N_EMBD, 1, N_TOKENS);
+
+    ggml_backend_ptr cpu(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors(ctx.get(), cpu.get()));
+    ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+
+    std::mt19937 rng(1);
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < ggml_nelements(x); i++) {
+        ((float *) x->data)[i] = normal(rng);
+    }
+    size_t expected = 0;
+    for (layer & l : layers) {
+        for (int i = 0; i < N_USED*N_TOKENS; i++) {
+            l.ids.push_back(l.picks[rng() % l.picks.size()]);
+        }
+        for (size_t t = 0; t < l.tiers.size(); t++) {
+            memset(l.tiers[t]->data, 0xff, ggml_nbytes(l.tiers[t])); // no numbers where nothing is read
+            std::vector<float> base(N_EMBD*N_ROWS);
+            std::generate(base.begin(), base.end(), [&]() { return normal(rng); });
+            std::vector<char> rows(l.tiers[t]->nb[2]);
+            ggml_quantize_chunk(l.tiers[t]->type, base.data(), rows.data(), 0, N_ROWS, N_EMBD, nullptr);
+            for (int e = 0; e < N_EXPERT; e++) { // each has them in another order
+                for (int r = 0; r < N_ROWS && std::count(l.ids.begin(), l.ids.end(), (int) t*N_EXPERT + e) > 0; r++) {
+                    memcpy((char *) l.tiers[t]->data + e*l.tiers[t]->nb[2] + r*l.tiers[t]->nb[1], rows.data() + (r + 13*e) % N_ROWS*l.tiers[t]->nb[1], l.tiers[t]->nb[1]);
+                }
+            }
+        }
+        expected += used_bytes(l);
+    }
+    const auto want = compute(nullptr, layers, x);
+    for (const bool pins : { true, false }) {
+        device.pins     = pins;
+        device.n_pinned = 0;
+        ggml_backend_ptr dev(ggml_backend_dev_init(&device.dev, nullptr));
+        CHECK(compute(dev.get(), layers, x) == want);
+        CHECK(device.n_pinned == (pins && device.has_events ? 2*expected : 0));
+    }
+}
+
+//
+// a model
+//
+
+static std::vector<float> read_model(const char * path, async_device & device, llama_load_mode mode = LLAMA_LOAD_MODE_MMAP) {
+    llama_model_kv_override overrides[4] = {};
+    const char * texts[3][2] = { { "rq.vram", "50%" }, { "rq.vram_layout", "slots" }, { "rq.vram_speeds", "ram=5e10 vram=5e11 handover=0" } };
+    for (int i = 0; i < 3; i++) {
+        overrides[i].tag = LLAMA_KV_OVERRIDE_TYPE_STR;
+        snprintf(overrides[i].key,     sizeof(overrides[i].key),     "%s", texts[i][0]);
+        snprintf(overrides[i].val_str, sizeof(overrides[i].val_str), "%s", texts[i][1]);
+    }
+    ggml_backend_dev_t devices[] = { &device.dev, nullptr };
+
+    llama_model_params mparams = llama_model_default_params();
+    mparams.devices         = devices;
+    mparams.n_gpu_layers    = 999;
+    mparams.kv_overrides    = overrides;
+    mparams.load_mode       = mode;
+    mparams.use_extra_bufts = false; // repacked weights are multiplied in another order
+    llama_model_ptr model(llama_model_load_from_file(path, mparams));
+    CHECK(model);
+
+    llama_context_params cparams = llama_context_default_params();
+    cparams.n_ctx           = 1024;
+    cparams.n_threads       = 2;
+    cparams.n_threads_batch = 2;
+    llama_context_ptr ctx(llama_init_from_model(model.get(), cparams));
+    CHECK(ctx);
+    const int n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model.get()));
+
+    // prompts that differ, and a few tokens after each, before which experts are exchanged
+    std::vector<float> res;
+    std::mt19937 rng(1);
+    for (const int n_prompt : { 40, 200, 33, 90 }) {
+        for (int i = 0; i < 4; i++) {
+            std::vector<llama_token> tokens(i == 0 ? n_prompt : 1);
+            std::generate(tokens.begin(), tokens.end(), [&]() { return 300 + (llama_token) (rng() % (2*n_prompt)); });
+            CHECK(llama_decode(ctx.get(), llama_batch_get_one(tokens.data(), (int32_t) tokens.size())) == 0);
+            const float * logits = llama_get_logits_ith(ctx.get(), -1);
+            res.insert(res.end(), logits, logits + n_vocab);
+        }
+    }
+    return res;
+}
+
+static void test_model(const char * path, async_device & device) {
+    device.offloads = device.pins = false;
+    const auto want = read_model(path, device);
+    device.offloads = true;
+    CHECK(read_model(path, device) == want);
+    CHECK(device.n_pinned == 0);
+    device.pins = true;
+    CHECK(read_model(path, device) == want);
+    CHECK((device.n_pinned > 0) == device.has_events);
+    CHECK(read_model(path, device, LLAMA_LOAD_MODE_NONE) == want); // the weights are in pinned memory
+}
+
+int main(int argc, char ** argv) {
+    if (argc != 3) {
+        fprintf(stderr, "usage: %s order|thread MODEL.gguf\n", argv[0]);
+        return 2;
+    }
+    const bool threaded = std::string(argv[1]) == "thread";
+    llama_log_set([](ggml_log_level level, const char * text, void *) {
+        if (level == GGML_LOG_LEVEL_WARN || level == GGML_LOG_LEVEL_ERROR) {
+            fputs(text, stderr);
+        }
+    }, nullptr);
+    for (const auto & [has_events, at_once] : { std::pair(true, true), std::pair(true, false), std::pair(false, false) }) {
+        async_device device("device", threaded, has_events);
+        device.copies_at_once = at_once;
+        test_by_hand(device);
+        device.n_pinned = 0;
+        test_model(argv[2], device);
+    }
+    return 0;
+}
