@@ -1,7 +1,7 @@
 #pragma once
 
-// A device that does later what it is asked to do: what a backend asks for in order, as on a GPU's stream, on a thread of its own, or as
-// late as can be, when somebody waits for it. Its memory is not the host's for the scheduler, and copies from and to it do not wait for what is under way, as
+// A device that does later what it is asked to do, in order, as on a GPU's stream: on a thread of its own, or as late as can be, when
+// somebody waits for it. Its memory is not the host's for the scheduler, and copies from and to it do not wait for what is under way, as
 // CUDA's on a stream of their own do not; copies that are asked for in order read their source when it is their turn, as those from pinned
 // memory do. So whoever reads a result too early, or overwrites what is still to be read, gets wrong numbers, and ThreadSanitizer says where.
 
@@ -33,24 +33,10 @@ struct async_device {
 
     std::atomic<size_t> n_pinned{0}; // bytes of experts copied from there
 
-    bool         copies_at_once = false; // a backend that computes nothing works as soon as it can, not as late
-
-    // what a backend asked for
-    struct stream {
-        async_device * device;
-
-        std::deque<std::function<void()>> work;
-        int         n_graphs = 0; // of it
-        bool        computes = false;
-        bool        stop     = false;
-        std::thread thread;
-    };
-
     // a place in its work
     struct event {
-        stream * of      = nullptr;
-        size_t   n_asked = 0;
-        size_t   n_done  = 0;
+        size_t n_asked = 0;
+        size_t n_done  = 0;
     };
 
     ggml_backend_device dev = {};
@@ -59,24 +45,23 @@ struct async_device {
     ggml_backend_buffer_type pinned = {};
     std::vector<std::pair<const char *, const char *>> pinned_at;
 
-    ggml_backend_ptr        cpu; // computes
-    int                     n_graphs = 0; // asked for
-    std::mutex              mutex;
-    std::condition_variable changed;
+    ggml_backend_ptr                  cpu; // computes
+    std::deque<std::function<void()>> work;
+    int                               n_graphs = 0; // of it
+    bool                              stop = false;
+    std::mutex                        mutex;
+    std::condition_variable           changed;
+    std::thread                       thread;
 
     async_device(const char * name, bool threaded, bool has_events);
+    ~async_device();
     async_device(const async_device &) = delete;
     async_device & operator=(const async_device &) = delete;
 
-    void push(stream & s, std::function<void()> f) {
-        {
-            std::lock_guard<std::mutex> lock(mutex);
-            s.work.push_back(std::move(f));
-            changed.notify_all();
-        }
-        if (!threaded && copies_at_once && !s.computes) {
-            wait(s);
-        }
+    void push(std::function<void()> f) {
+        std::lock_guard<std::mutex> lock(mutex);
+        work.push_back(std::move(f));
+        changed.notify_all();
     }
 
     // with a graph, and not only with copies
@@ -86,49 +71,45 @@ struct async_device {
     }
 
     // no longer than until this holds
-    void wait(stream & s, const std::function<bool()> & done) {
+    void wait(const std::function<bool()> & done) {
         std::unique_lock<std::mutex> lock(mutex);
-        for (; !threaded && !done(); s.work.pop_front()) {
+        for (; !threaded && !done(); work.pop_front()) {
             lock.unlock();
-            s.work.front()();
+            work.front()();
             lock.lock();
         }
         changed.wait(lock, done);
     }
 
-    void wait(stream & s) {
-        wait(s, [&s]() { return s.work.empty(); });
+    void wait() {
+        wait([this]() { return work.empty(); });
     }
 
-    void wait(const event & e, size_t n) {
-        if (e.of) {
-            wait(*e.of, [&e, n]() { return e.n_done >= n; });
-        }
+    void wait(const event & e) {
+        wait([&e]() { return e.n_done == e.n_asked; });
     }
 
-    void record(stream & s, event & e) {
-        e.of = &s;
+    void record(event & e) {
         e.n_asked++; // only the host looks at it
-        push(s, [this, &e, n = e.n_asked]() {
+        push([this, &e, n = e.n_asked]() {
             std::lock_guard<std::mutex> lock(mutex);
             e.n_done = n;
-            changed.notify_all();
         });
     }
 
-    void run(stream & s) {
+    void run() {
         std::unique_lock<std::mutex> lock(mutex);
         for (;;) {
-            changed.wait(lock, [&s]() { return s.stop || !s.work.empty(); });
-            if (s.work.empty()) {
+            changed.wait(lock, [this]() { return stop || !work.empty(); });
+            if (work.empty()) {
                 return;
             }
-            std::function<void()> & f = s.work.front(); // stays where it is while others are added
+            std::function<void()> & f = work.front(); // stays where it is while others are added
             lock.unlock();
             std::this_thread::sleep_for(std::chrono::microseconds(200)); // under way when the host goes on
             f();
             lock.lock();
-            s.work.pop_front();
+            work.pop_front();
             changed.notify_all();
         }
     }
@@ -162,8 +143,7 @@ struct graph {
     graph & operator=(const graph &) = delete;
 };
 
-static async_device::stream & on(ggml_backend_t backend) { return *(async_device::stream *) backend->context; }
-static async_device * of(ggml_backend_t backend) { return on(backend).device; }
+static async_device * of(ggml_backend_t backend) { return (async_device *) backend->context; }
 static async_device * of(ggml_backend_dev_t dev) { return (async_device *) dev->context; }
 
 static const ggml_backend_buffer_i BUFFER = {
@@ -195,11 +175,11 @@ static void set_async(ggml_backend_t backend, ggml_tensor * t, const void * data
     for (const auto & [begin, end] : of(backend)->pinned_at) {
         of(backend)->n_pinned += data >= begin && data < end && strstr(t->name, "exps") ? size : 0;
     }
-    of(backend)->push(on(backend), [to = (char *) t->data + offs, data, size]() { memcpy(to, data, size); });
+    of(backend)->push([to = (char *) t->data + offs, data, size]() { memcpy(to, data, size); });
 }
 
 static void get_async(ggml_backend_t backend, const ggml_tensor * t, void * data, size_t offs, size_t size) {
-    of(backend)->push(on(backend), [from = (const char *) t->data + offs, data, size]() { memcpy(data, from, size); });
+    of(backend)->push([from = (const char *) t->data + offs, data, size]() { memcpy(data, from, size); });
 }
 
 static ggml_status compute(ggml_backend_t backend, ggml_cgraph * cgraph) {
@@ -208,9 +188,8 @@ static ggml_status compute(ggml_backend_t backend, ggml_cgraph * cgraph) {
     {
         std::lock_guard<std::mutex> lock(d->mutex);
         d->n_graphs++;
-        on(backend).computes = true;
     }
-    d->push(on(backend), [d, g]() {
+    d->push([d, g]() {
         GGML_ASSERT(ggml_backend_graph_compute(d->cpu.get(), g->copy) == GGML_STATUS_SUCCESS);
         std::lock_guard<std::mutex> lock(d->mutex);
         d->n_graphs--;
@@ -223,35 +202,13 @@ static ggml_backend_t init(ggml_backend_dev_t dev, const char *) {
 
     ggml_backend_i iface = {};
     iface.get_name         = [](ggml_backend_t backend) { return of(backend)->name; };
-    iface.free             = [](ggml_backend_t backend) {
-        auto & s = on(backend);
-        of(backend)->wait(s);
-        if (s.thread.joinable()) {
-            {
-                std::lock_guard<std::mutex> lock(s.device->mutex);
-                s.stop = true;
-                s.device->changed.notify_all();
-            }
-            s.thread.join();
-        }
-        delete &s;
-        delete backend;
-    };
+    iface.free             = [](ggml_backend_t backend) { of(backend)->wait(); delete backend; };
     iface.set_tensor_async = set_async;
     iface.get_tensor_async = get_async;
-    iface.synchronize      = [](ggml_backend_t backend) { of(backend)->wait(on(backend)); };
+    iface.synchronize      = [](ggml_backend_t backend) { of(backend)->wait(); };
     iface.graph_compute    = compute;
-    iface.event_record     = [](ggml_backend_t backend, ggml_backend_event_t e) { of(backend)->record(on(backend), *(async_device::event *) e->context); };
-    iface.event_wait       = [](ggml_backend_t backend, ggml_backend_event_t e) {
-        auto & event = *(async_device::event *) e->context;
-        of(backend)->push(on(backend), [d = of(backend), &event, n = event.n_asked]() { d->wait(event, n); });
-    };
-    auto * s = new async_device::stream;
-    s->device = of(dev);
-    if (s->device->threaded) {
-        s->thread = std::thread([s]() { s->device->run(*s); });
-    }
-    return new ggml_backend { &guid, iface, dev, s };
+    iface.event_record     = [](ggml_backend_t backend, ggml_backend_event_t e) { of(backend)->record(*(async_device::event *) e->context); };
+    return new ggml_backend { &guid, iface, dev, of(dev) };
 }
 
 } // namespace async_impl
@@ -297,15 +254,11 @@ inline async_device::async_device(const char * name, bool threaded, bool has_eve
     if (has_events) {
         dev.iface.event_new         = [](ggml_backend_dev_t dev) { return new ggml_backend_event { dev, new event }; };
         dev.iface.event_free        = [](ggml_backend_dev_t dev, ggml_backend_event_t e) {
-            auto * it = (event *) e->context;
-            of(dev)->wait(*it, it->n_asked);
-            delete it;
+            of(dev)->wait(*(event *) e->context);
+            delete (event *) e->context;
             delete e;
         };
-        dev.iface.event_synchronize = [](ggml_backend_dev_t dev, ggml_backend_event_t e) {
-            auto * it = (event *) e->context;
-            of(dev)->wait(*it, it->n_asked);
-        };
+        dev.iface.event_synchronize = [](ggml_backend_dev_t dev, ggml_backend_event_t e) { of(dev)->wait(*(event *) e->context); };
     }
 
     buft.device = &dev;
@@ -316,4 +269,19 @@ inline async_device::async_device(const char * name, bool threaded, bool has_eve
     pinned = buft;
     pinned.iface.alloc_buffer = alloc_pinned;
     pinned.iface.is_host      = [](ggml_backend_buffer_type_t) { return true; };
+
+    if (threaded) {
+        thread = std::thread([this]() { run(); });
+    }
+}
+
+inline async_device::~async_device() {
+    {
+        std::lock_guard<std::mutex> lock(mutex);
+        stop = true;
+        changed.notify_all();
+    }
+    if (threaded) {
+        thread.join();
+    }
 }

@@ -24,6 +24,8 @@
 static const int N_EMBD   = 256;
 static const int N_ROWS   = 2048;
 static const int N_EXPERT = 70; // of Q8_0: more than all chunks
+static const int N_SMALL  = 64; // rows of small experts, of which there are more side by side than pieces in a chunk
+static const int N_MANY   = 300;
 static const int N_USED   = 6;
 static const int N_TOKENS = 40;
 static const int N_TAIL   = 512; // bytes behind an expert that are copied with it
@@ -31,8 +33,10 @@ static const int N_TAIL   = 512; // bytes behind an expert that are copied with 
 struct layer {
     std::vector<ggml_type> types;
     std::vector<int32_t>   picks; // the experts that may be selected
-    std::vector<ggml_tensor *> tiers;
-    std::vector<int32_t>       ids;
+    int n_expert = N_EXPERT;      // of each tier
+    int n_rows   = N_ROWS;
+    std::vector<ggml_tensor *> tiers = {};
+    std::vector<int32_t>       ids   = {};
 };
 
 static std::vector<layer> make_layers() {
@@ -50,12 +54,17 @@ static std::vector<layer> make_layers() {
     const auto q4 = GGML_TYPE_Q4_0;
     std::vector<layer> res;
     for (const auto & picks : { all, odd, std::vector<int32_t>{ 0 }, std::vector<int32_t>{ N_EXPERT - 1 }, std::vector<int32_t>{ -1 }, spread, all }) {
-        res.push_back({ { q8 }, picks, {}, {} });
+        res.push_back({ { q8 }, picks });
     }
     // of two tiers, and nothing of the first one
-    res.push_back({ { q8, q4 }, { 3, 4, 5, N_EXPERT - 1, N_EXPERT, N_EXPERT + 9, 2*N_EXPERT - 1, -1 }, {}, {} });
-    res.push_back({ { q8, q4 }, { N_EXPERT + 1, N_EXPERT + 3 }, {}, {} });
-    res.push_back({ { q8 }, all, {}, {} });
+    res.push_back({ { q8, q4 }, { 3, 4, 5, N_EXPERT - 1, N_EXPERT, N_EXPERT + 9, 2*N_EXPERT - 1, -1 } });
+    res.push_back({ { q8, q4 }, { N_EXPERT + 1, N_EXPERT + 3 } });
+    std::vector<int32_t> apart;
+    for (int i = 0; i < N_MANY; i += 2) {
+        apart.push_back(i);
+    }
+    res.push_back({ { q8 }, apart, N_MANY, N_SMALL });
+    res.push_back({ { q8 }, all });
     return res;
 }
 
@@ -63,10 +72,10 @@ static std::vector<layer> make_layers() {
 static size_t used_bytes(const layer & l) {
     size_t res = 0;
     for (size_t t = 0; t < l.tiers.size(); t++) {
-        for (int e = 0; e < N_EXPERT; e++) {
-            const auto is_used = [&](int i) { return i < N_EXPERT && std::count(l.ids.begin(), l.ids.end(), (int) t*N_EXPERT + i) > 0; };
+        for (int e = 0; e < l.n_expert; e++) {
+            const auto is_used = [&](int i) { return i < l.n_expert && std::count(l.ids.begin(), l.ids.end(), (int) t*l.n_expert + i) > 0; };
             if (is_used(e)) {
-                res += l.tiers[t]->nb[2] + (!is_used(e + 1) && e + 1 < N_EXPERT ? N_TAIL : 0);
+                res += l.tiers[t]->nb[2] + (!is_used(e + 1) && e + 1 < l.n_expert ? N_TAIL : 0);
             }
         }
     }
@@ -89,23 +98,25 @@ static std::vector<float> compute(ggml_backend_t dev, std::vector<layer> & layer
     ggml_context_ptr ctx(ggml_init({ ggml_tensor_overhead()*256 + ggml_graph_overhead(), nullptr, true }));
     ggml_cgraph * gf = ggml_new_graph(ctx.get());
 
-    ggml_tensor * sum = nullptr;
+    std::vector<ggml_tensor *> outs;
     for (layer & l : layers) {
         ggml_tensor * ids = ggml_custom_4d(ctx.get(), GGML_TYPE_I32, N_USED, N_TOKENS, 1, 1, &x, 1, copy_ids, 1, l.ids.data());
         ggml_tensor * y   = ggml_mul_mat_tiers(ctx.get(), l.tiers.data(), (int) l.tiers.size(), x, ids);
+        ggml_set_output(y);
         ggml_build_forward_expand(gf, y);
         ggml_backend_sched_set_tensor_backend(sched.get(), ids, cpu.get());
         ggml_backend_sched_set_tensor_backend(sched.get(), y, backends[0]);
-        sum = sum ? ggml_add(ctx.get(), sum, y) : y;
-        ggml_build_forward_expand(gf, sum);
-        ggml_backend_sched_set_tensor_backend(sched.get(), sum, backends[0]);
+        outs.push_back(y);
     }
     CHECK(ggml_backend_sched_alloc_graph(sched.get(), gf));
 
-    std::vector<float> res(2*ggml_nelements(sum));
+    std::vector<float> res;
     for (int i = 0; i < 2; i++) {
         CHECK(ggml_backend_sched_graph_compute(sched.get(), gf) == GGML_STATUS_SUCCESS);
-        ggml_backend_tensor_get(sum, res.data() + i*ggml_nelements(sum), 0, ggml_nbytes(sum));
+        for (const ggml_tensor * y : outs) {
+            res.resize(res.size() + ggml_nelements(y));
+            ggml_backend_tensor_get(y, res.data() + res.size() - ggml_nelements(y), 0, ggml_nbytes(y));
+        }
     }
     return res;
 }
@@ -115,7 +126,7 @@ static void test_by_hand(async_device & device) {
     ggml_context_ptr ctx(ggml_init({ ggml_tensor_overhead()*64, nullptr, true }));
     for (layer & l : layers) {
         for (const ggml_type type : l.types) {
-            l.tiers.push_back(ggml_set_name(ggml_new_tensor_3d(ctx.get(), type, N_EMBD, N_ROWS, N_EXPERT), "exps"));
+            l.tiers.push_back(ggml_set_name(ggml_new_tensor_3d(ctx.get(), type, N_EMBD, l.n_rows, l.n_expert), "exps"));
         }
     }
     ggml_tensor * x = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, N_EMBD, 1, N_TOKENS);
@@ -136,13 +147,14 @@ static void test_by_hand(async_device & device) {
         }
         for (size_t t = 0; t < l.tiers.size(); t++) {
             memset(l.tiers[t]->data, 0xff, ggml_nbytes(l.tiers[t])); // no numbers where nothing is read
-            std::vector<float> base(N_EMBD*N_ROWS);
+            std::vector<float> base(N_EMBD*l.n_rows);
             std::generate(base.begin(), base.end(), [&]() { return normal(rng); });
+            const size_t row = l.tiers[t]->nb[1];
             std::vector<char> rows(l.tiers[t]->nb[2]);
-            ggml_quantize_chunk(l.tiers[t]->type, base.data(), rows.data(), 0, N_ROWS, N_EMBD, nullptr);
-            for (int e = 0; e < N_EXPERT; e++) { // each has them in another order
-                for (int r = 0; r < N_ROWS && std::count(l.ids.begin(), l.ids.end(), (int) t*N_EXPERT + e) > 0; r++) {
-                    memcpy((char *) l.tiers[t]->data + e*l.tiers[t]->nb[2] + r*l.tiers[t]->nb[1], rows.data() + (r + 13*e) % N_ROWS*l.tiers[t]->nb[1], l.tiers[t]->nb[1]);
+            ggml_quantize_chunk(l.tiers[t]->type, base.data(), rows.data(), 0, l.n_rows, N_EMBD, nullptr);
+            for (int e = 0; e < l.n_expert; e++) { // each has them in another order
+                for (int r = 0; r < l.n_rows && std::count(l.ids.begin(), l.ids.end(), (int) t*l.n_expert + e) > 0; r++) {
+                    memcpy((char *) l.tiers[t]->data + e*l.tiers[t]->nb[2] + r*row, rows.data() + (r + 13*e) % l.n_rows*row, row);
                 }
             }
         }
@@ -227,9 +239,8 @@ int main(int argc, char ** argv) {
             fputs(text, stderr);
         }
     }, nullptr);
-    for (const auto & [has_events, at_once] : { std::pair(true, true), std::pair(true, false), std::pair(false, false) }) {
+    for (const bool has_events : { true, false }) {
         async_device device("device", threaded, has_events);
-        device.copies_at_once = at_once;
         test_by_hand(device);
         device.n_pinned = 0;
         test_model(argv[2], device);
