@@ -1,28 +1,14 @@
-"""The CPU computes its experts while the device computes its own: the order of work, and the same bits as one after the other."""
+"""The CPU computes its experts while the device computes its own: the same bits as one after the other (order: test_async_device.py)."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
 from golden.llama_lib import Step, prompt, same_bits
-from hot.conftest import Reader, hits, linked, reading
+from hot.conftest import Reader, hits, reading
 
 pytestmark = pytest.mark.runtime
 
 APART: dict[str, str | int | bool] = {"rq.vram": "50%", "rq.vram_overlap": False}
-
-
-@pytest.fixture(scope="module")
-def program(runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return linked("overlap", runtime, tmp_path_factory.mktemp("overlap"))
-
-
-@pytest.mark.parametrize("works", ["order", "thread"])
-@pytest.mark.parametrize("kind", ["stock_demo", "tiered_demo"])
-def test_who_waits_for_whom(kind: str, works: str, program: Path, request: pytest.FixtureRequest) -> None:
-    """On a device that does everything as late as it can, or on a thread of its own (cpp/overlap.cpp)."""
-    done = subprocess.run([program, works, request.getfixturevalue(kind)], capture_output=True, text=True, errors="replace", timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("kind", ["stock_demo", "tiered_demo"])

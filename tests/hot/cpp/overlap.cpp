@@ -3,18 +3,15 @@
 //
 //   overlap order|thread MODEL.gguf     the device works as late as can be, or on its own thread; exit status 0 if all holds
 
-#include "async_device.h"
+#include "async_model.h"
 
 #include "ggml-cpu.h"
 #include "ggml-tiers.h"
-#include "llama-cpp.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <string>
-
-#define CHECK(x) do { if (!(x)) { fprintf(stderr, "line %d: %s\n", __LINE__, #x); exit(1); } } while (0)
 
 static async_device * device; // the first one
 
@@ -159,39 +156,9 @@ static void run_graph(layout how, async_device & other) {
 static const int N_DECODE = 80; // some exchanges
 
 static std::vector<float> read_model(const char * path, const char * vram, bool overlap, int & n_layers) {
-    llama_model_kv_override overrides[6] = {};
-    const char * texts[4][2] = {
-        { "rq.vram", vram }, { "rq.vram_layout", "slots" }, { "rq.vram_speeds", "ram=5e10 vram=5e11 handover=0" }, // nothing is measured
-        { "rq.dispatch", "primary" }, // copies of experts are left alone with slots
-    };
-    for (int i = 0; i < 4; i++) {
-        overrides[i].tag = LLAMA_KV_OVERRIDE_TYPE_STR;
-        snprintf(overrides[i].key,     sizeof(overrides[i].key),     "%s", texts[i][0]);
-        snprintf(overrides[i].val_str, sizeof(overrides[i].val_str), "%s", texts[i][1]);
-    }
-    overrides[4].tag      = LLAMA_KV_OVERRIDE_TYPE_BOOL;
-    overrides[4].val_bool = overlap;
-    snprintf(overrides[4].key, sizeof(overrides[4].key), "rq.vram_overlap");
-
-    ggml_backend_dev_t devices[] = { &device->dev, nullptr };
-
-    llama_model_params mparams = llama_model_default_params();
-    mparams.devices         = devices;
-    mparams.n_gpu_layers    = 999;
-    mparams.kv_overrides    = overrides;
-    mparams.use_extra_bufts = false; // repacked weights are multiplied in another order
-    llama_model_ptr model(llama_model_load_from_file(path, mparams));
-    CHECK(model);
-    n_layers = llama_model_n_layer(model.get());
-
-    llama_context_params cparams = llama_context_default_params();
-    cparams.n_ctx           = 1024;
-    cparams.n_seq_max       = 4;
-    cparams.n_threads       = 2;
-    cparams.n_threads_batch = 2;
-    llama_context_ptr ctx(llama_init_from_model(model.get(), cparams));
-    CHECK(ctx);
-    const int n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model.get()));
+    // copies of experts are left alone with slots
+    const async_model loaded = load_model(path, *device, { { "rq.vram", vram }, { "rq.dispatch", "primary" } }, overlap, 4);
+    n_layers = llama_model_n_layer(loaded.model.get());
 
     // a prompt for each of four sequences, which then decode alone, two and four at a time
     std::vector<float> res;
@@ -208,12 +175,12 @@ static std::vector<float> read_model(const char * path, const char * vram, bool 
         batch.logits  [i]    = logits;
     };
     const auto evaluate = [&]() {
-        CHECK(llama_decode(ctx.get(), batch) == 0);
+        CHECK(llama_decode(loaded.ctx.get(), batch) == 0);
         for (int i = 0; i < batch.n_tokens; i++) {
             if (batch.logits[i]) {
-                const float * logits = llama_get_logits_ith(ctx.get(), i);
-                res.insert(res.end(), logits, logits + n_vocab);
-                last[batch.seq_id[i][0]] = (llama_token) (std::max_element(logits, logits + n_vocab) - logits);
+                const float * logits = llama_get_logits_ith(loaded.ctx.get(), i);
+                res.insert(res.end(), logits, logits + loaded.n_vocab);
+                last[batch.seq_id[i][0]] = (llama_token) (std::max_element(logits, logits + loaded.n_vocab) - logits);
             }
         }
         batch.n_tokens = 0;
@@ -259,11 +226,7 @@ int main(int argc, char ** argv) {
         { { "first", threaded, false }, { "other", threaded, false } }, { { "first", threaded, true }, { "other", threaded, true } }
     };
     watch_cpu();
-    llama_log_set([](ggml_log_level level, const char * text, void *) {
-        if (level == GGML_LOG_LEVEL_WARN || level == GGML_LOG_LEVEL_ERROR) {
-            fputs(text, stderr);
-        }
-    }, nullptr);
+    log_warnings();
     for (auto & [first, other] : devices) {
         device = &first;
         for (const layout how : { INDEPENDENT, UNMARKED, NEEDS_RESULT, OVERWRITES, SHARES, ELSEWHERE, NO_INPUTS }) {

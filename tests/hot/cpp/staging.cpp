@@ -4,18 +4,15 @@
 //
 //   staging order|thread MODEL.gguf     the device works as late as can be, or on its own thread; exit status 0 if all holds
 
-#include "async_device.h"
+#include "async_model.h"
 
 #include "ggml-cpu.h"
 #include "ggml-tiers.h"
-#include "llama-cpp.h"
 
 #include <algorithm>
 #include <cstdio>
 #include <random>
 #include <string>
-
-#define CHECK(x) do { if (!(x)) { fprintf(stderr, "line %d: %s\n", __LINE__, #x); exit(1); } } while (0)
 
 //
 // by hand
@@ -24,7 +21,7 @@
 static const int N_EMBD   = 256;
 static const int N_ROWS   = 2048;
 static const int N_EXPERT = 70; // of Q8_0: more than all chunks
-static const int N_SMALL  = 64; // rows of small experts, of which there are more side by side than pieces in a chunk
+static const int N_SMALL  = 64; // rows of small experts, of which more lie apart than a chunk has pieces
 static const int N_MANY   = 300;
 static const int N_USED   = 6;
 static const int N_TOKENS = 40;
@@ -175,31 +172,7 @@ static void test_by_hand(async_device & device) {
 //
 
 static std::vector<float> read_model(const char * path, async_device & device, llama_load_mode mode = LLAMA_LOAD_MODE_MMAP) {
-    llama_model_kv_override overrides[4] = {};
-    const char * texts[3][2] = { { "rq.vram", "50%" }, { "rq.vram_layout", "slots" }, { "rq.vram_speeds", "ram=5e10 vram=5e11 handover=0" } };
-    for (int i = 0; i < 3; i++) {
-        overrides[i].tag = LLAMA_KV_OVERRIDE_TYPE_STR;
-        snprintf(overrides[i].key,     sizeof(overrides[i].key),     "%s", texts[i][0]);
-        snprintf(overrides[i].val_str, sizeof(overrides[i].val_str), "%s", texts[i][1]);
-    }
-    ggml_backend_dev_t devices[] = { &device.dev, nullptr };
-
-    llama_model_params mparams = llama_model_default_params();
-    mparams.devices         = devices;
-    mparams.n_gpu_layers    = 999;
-    mparams.kv_overrides    = overrides;
-    mparams.load_mode       = mode;
-    mparams.use_extra_bufts = false; // repacked weights are multiplied in another order
-    llama_model_ptr model(llama_model_load_from_file(path, mparams));
-    CHECK(model);
-
-    llama_context_params cparams = llama_context_default_params();
-    cparams.n_ctx           = 1024;
-    cparams.n_threads       = 2;
-    cparams.n_threads_batch = 2;
-    llama_context_ptr ctx(llama_init_from_model(model.get(), cparams));
-    CHECK(ctx);
-    const int n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model.get()));
+    const async_model loaded = load_model(path, device, { { "rq.vram", "50%" } }, true, 1, mode);
 
     // prompts that differ, and a few tokens after each, before which experts are exchanged
     std::vector<float> res;
@@ -208,9 +181,9 @@ static std::vector<float> read_model(const char * path, async_device & device, l
         for (int i = 0; i < 4; i++) {
             std::vector<llama_token> tokens(i == 0 ? n_prompt : 1);
             std::generate(tokens.begin(), tokens.end(), [&]() { return 300 + (llama_token) (rng() % (2*n_prompt)); });
-            CHECK(llama_decode(ctx.get(), llama_batch_get_one(tokens.data(), (int32_t) tokens.size())) == 0);
-            const float * logits = llama_get_logits_ith(ctx.get(), -1);
-            res.insert(res.end(), logits, logits + n_vocab);
+            CHECK(llama_decode(loaded.ctx.get(), llama_batch_get_one(tokens.data(), (int32_t) tokens.size())) == 0);
+            const float * logits = llama_get_logits_ith(loaded.ctx.get(), -1);
+            res.insert(res.end(), logits, logits + loaded.n_vocab);
         }
     }
     return res;
@@ -234,11 +207,7 @@ int main(int argc, char ** argv) {
         return 2;
     }
     const bool threaded = std::string(argv[1]) == "thread";
-    llama_log_set([](ggml_log_level level, const char * text, void *) {
-        if (level == GGML_LOG_LEVEL_WARN || level == GGML_LOG_LEVEL_ERROR) {
-            fputs(text, stderr);
-        }
-    }, nullptr);
+    log_warnings();
     for (const bool has_events : { true, false }) {
         async_device device("device", threaded, has_events);
         test_by_hand(device);
