@@ -14,7 +14,7 @@ from rq_gguf.types import TYPES
 from rq_gguf.vram.machine import MACHINES, Machine
 
 _LARGEST = 1e18
-_MAY_BE_ZERO = ("handover", "gpu_layer", "gpu_experts", "vram", "ram")
+_MAY_BE_ZERO = ("handover", "whole_handover", "gpu_layer", "gpu_experts", "vram", "ram")
 
 
 def find_machine(text: str) -> Machine:

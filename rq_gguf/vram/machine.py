@@ -26,6 +26,8 @@ class Machine:
     context."""
     gpu_experts: float = 15e-6
     """The same of a layer's routed experts, where the GPU holds any."""
+    whole_handover: float = 0.0
+    """`handover` of a layer whose experts are all the CPU's, which copies and sums up more; 0: no more than that."""
     vram: int = 0
     """Bytes of the card, 0 where that does not matter."""
     ram: int = 0

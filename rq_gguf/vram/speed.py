@@ -4,7 +4,7 @@ A step decodes one token of each of n sequences. On the GPU it takes the bytes o
 bandwidth, and `Machine.gpu_layer` per layer. A layer's routed experts take
 
     all in VRAM                 gpu_experts + the distinct experts' bytes / VRAM bandwidth
-    none                        handover + their bytes / RAM bandwidth
+    none                        whole_handover + their bytes / RAM bandwidth
     any other number of slots   handover + (gpu_experts + those held / VRAM bandwidth) + the others / RAM bandwidth
 
 the last two at the same time: what counts is the longer one, in the mean over tokens. A token's selections are taken to miss the slots
@@ -168,9 +168,14 @@ def decode_table(experts: Experts, rest: Rest, machine: Machine, power: float, s
     else:
         layer = np.maximum(slow, machine.gpu_experts + fast)
     layer[:, 0] = slow[:, 0]  # the GPU has none
-    layer[:, :-1] += machine.handover
+    layer[:, :-1] += handovers(machine, np.arange(layer.shape[1] - 1))
     base = rest.bytes / machine.vram_bandwidth + rest.layers * machine.gpu_layer
     return Table(_mixed(_before(experts, experts.bytes)), base + _mixed(layer))
+
+
+def handovers(machine: Machine, slots: Ints) -> Floats:
+    """Seconds of a layer with so many experts in VRAM, not all of them."""
+    return np.where(slots == 0, max(machine.whole_handover, machine.handover), machine.handover)
 
 
 def longer(slow: Floats, fast: Floats, chance: Floats, n: int, always: float = 0.0) -> Floats:

@@ -34,7 +34,8 @@ def random_case(rng: np.random.Generator) -> tuple[Experts, Machine, Table, floa
     shares = (shares / shares.sum(axis=1, keepdims=True)).astype(np.float32).astype(np.float64)
     size = np.repeat(rng.integers(1_000_000, 9_000_000, n_layers), n_expert).reshape(n_layers, n_expert).astype(np.float64)
     speeds = (rng.uniform(2e10, 9e10), rng.uniform(1e11, 2e12), rng.choice([0.0, 4e-5, 4e-4]), 1e10, 1e13)
-    machine = Machine("random", *speeds, gpu_experts=rng.choice([0.0, 2e-5, 2e-4]), overlap=bool(rng.integers(2)))
+    more = {"gpu_experts": rng.choice([0.0, 2e-5, 2e-4]), "whole_handover": rng.choice([0.0, 1e-4])}
+    machine = Machine("random", *speeds, **more, overlap=bool(rng.integers(2)))
     experts = Experts(size, size / machine.ram_bandwidth, size / machine.vram_bandwidth, shares, n_used)
     return experts, machine, decode_table(experts, Rest(0, 0, 0.0), machine, TYPICAL.adapted), float(int(rng.uniform(0, 1.05) * size.sum()))
 
@@ -46,7 +47,8 @@ def test_the_same_choice_as_the_model_of_speed(build: Callable[[str], Path]) -> 
     for experts, machine, _, room in cases:
         n_layers, n_expert = experts.shares.shape
         for mode in (FASTEST, SLOTS, LAYERS):
-            speeds = f"{float(machine.handover)!r} {float(machine.gpu_experts)!r} {float(1 / machine.vram_bandwidth)!r}"
+            seconds = (machine.handover, machine.whole_handover, machine.gpu_experts, 1 / machine.vram_bandwidth)
+            speeds = " ".join(repr(float(s)) for s in seconds)
             text.append(f"{n_layers} {n_expert} {experts.n_used} {TYPICAL.adapted} {speeds}")
             text.append(f"{room} {mode} 1 {int(machine.overlap)}")
             columns = (experts.bytes, experts.ram_seconds, experts.shares)

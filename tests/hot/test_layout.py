@@ -14,6 +14,11 @@ GIVEN = "ram=1e9,vram=1e11,handover=1e-3"
 """A hand-over as long as many experts: whole layers are worth it."""
 PREDICTED = re.compile(r"predicted: ([0-9.]+) tokens/s, ([0-9.]+) in stock's layout")
 MEASURED = re.compile(r"llama_hot: measured in ([0-9.]+) s")
+SAID = re.compile(r"llama_hot: \S+: (ram=\S+)")
+
+
+def figures_of(text: str) -> dict[str, float]:
+    return {name: float(value) for name, value in (figure.split("=") for figure in text.split(","))}
 
 
 def prediction(log: str) -> tuple[float, float]:
@@ -66,21 +71,20 @@ def test_speeds_are_measured_three_times(stock_demo: Path, read: Reader, tokens:
         return read(stock_demo, reading(tokens[:8], 6), settings).log
 
     file = tmp_path / "cache" / "expert-speeds.txt"
-    logs, found = [], []
+    logs = []
     for times in (1, 2, 3, 3):
         logs.append(load())
-        [line] = file.read_text().splitlines()
-        assert line.split()[1] == str(times) and [p.name for p in file.parent.iterdir()] == [file.name]
-        found.append([float(x.split("=")[1]) for x in line.split()[2].split(",")])
-    assert all(float(MEASURED.findall(log)[0]) < 2 for log in logs[:3])
-    # Bytes per second grow and seconds shrink from time to time: another program's work only makes them worse.
-    for before, after in zip(found[:-1], found[1:], strict=True):
-        assert all(b <= a if a > 1 else b >= a for b, a in zip(before, after, strict=True))
-    assert not MEASURED.search(logs[3])
+        lines = [line.split() for line in file.read_text().splitlines()]
+        assert [p.name for p in file.parent.iterdir()] == [file.name] and len(lines) == times and len({line[0] for line in lines}) == 1
+    assert all(float(MEASURED.findall(log)[0]) < 2 for log in logs[:3]) and not MEASURED.search(logs[3])
+    # What counts is the middle one of each figure, so that a bad moment of the machine does not.
+    [said] = SAID.findall(logs[3])
+    found = [figures_of(line[1]) for line in lines]
+    assert figures_of(said) == pytest.approx({name: sorted(f[name] for f in found)[1] for name in found[0]}, rel=1e-3)
     assert prediction(logs[2]) == pytest.approx(prediction(logs[3]), rel=0.01)
     # Other threads, another entry; asked for, another measurement in the same one.
-    assert MEASURED.search(load(vram_threads=1)) and len(file.read_text().splitlines()) == 2
-    assert MEASURED.search(load(vram_threads=1, vram_speeds="new")) and len(file.read_text().splitlines()) == 2
+    assert MEASURED.search(load(vram_threads=1)) and len(file.read_text().splitlines()) == 4
+    assert MEASURED.search(load(vram_threads=1, vram_speeds="new")) and len(file.read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\xff" * 4000, b"ram=1e10\n" * 3000, None])
@@ -90,11 +94,11 @@ def test_a_spoilt_file_is_replaced(content: bytes | None, stock_demo: Path, read
     file.parent.mkdir()
     if content is None:
         prediction(read(stock_demo, reading(tokens[:8], 6), options).log)
-        content = file.read_bytes().split()[0] + b" 3 ram=0,vram=nan\n"
+        content = file.read_bytes().split()[0] + b" ram=0,vram=nan\n"
     file.write_bytes(content)
     log = read(stock_demo, reading(tokens[:8], 6), options).log
     assert MEASURED.search(log) and prediction(log)[0] > 0
-    assert re.fullmatch(rb"[0-9a-f]{16} 1 ram=\S+\n", file.read_bytes())
+    assert re.fullmatch(rb"[0-9a-f]{16} ram=\S+\n", file.read_bytes())
 
 
 def test_no_place_to_remember(stock_demo: Path, read: Reader, tokens: list[int], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ def test_examples_and_files(tmp_path: Path) -> None:
     assert find_machine("8gb") is MACHINES["8gb"]
     machine = find_machine(written(tmp_path, LEAST | {"vram": "8GiB", "ram": 10**10, "type_cost": {"q4_k": 1.5}}))
     assert (machine.name, machine.vram, machine.ram, machine.gpu_layer) == ("mine", 8 << 30, 10**10, 45e-6)
+    assert find_machine(written(tmp_path, LEAST | {"whole_handover": 2e-4})).whole_handover == 2e-4 and machine.whole_handover == 0
     assert machine.overlap and not find_machine(written(tmp_path, LEAST | {"overlap": False})).overlap
     assert machine.ram_seconds("q4_k", 4e10) == 1.5 and machine.ram_seconds("q8_0", 4e10) == 1.0
 

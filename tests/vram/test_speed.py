@@ -45,6 +45,10 @@ def test_a_step_by_hand() -> None:
     assert [table.bytes_of(Layout(w, s)) for w, s in ((0, 0), (0, 1), (1, 0), (1, 2), (2, 1))] == [0, 120, 180, 300, 360]
     assert table.best(100) == Layout(0, 0) and table.best(120) == Layout(0, 1) and table.best(1e9).whole * 60 * 3 in (0, 360)
     assert table.stock(359) == Layout(1, 0) and table.stock(360) == Layout(2, 0)
+    # A layer that is all the CPU's may take a longer hand-over.
+    longest = decode_table(*two_layers(), replace(HAND, whole_handover=3.0), power=1.0)
+    assert longest.at(Layout(0, 0)) == pytest.approx(3.5 + 2 * (3 + 6)) and longest.at(Layout(1, 0)) == pytest.approx(3.5 + 9 + 0.6)
+    assert longest.seconds[:, 1:] == pytest.approx(table.seconds[:, 1:])
     # A set that follows the text misses a quarter instead of a half.
     assert decode_table(*two_layers(), HAND, power=2.0).at(Layout(0, 1)) == pytest.approx(3.5 + 2 * (1 + 0.75 * 0.6 + 0.25 * 6))
     assert missed(two_layers()[0])[0].tolist() == [1, 0.5, 0.25, 0]

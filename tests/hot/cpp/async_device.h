@@ -1,22 +1,23 @@
 #pragma once
 
-// A device that does later what it is asked to do, in order, as on a GPU's stream: on a thread of its own, or as late as can be, when
-// somebody waits for it. Its memory is not the host's for the scheduler, and copies from and to it do not wait for what is under way, as
-// CUDA's on a stream of their own do not; copies that are asked for in order read their source when it is their turn, as those from pinned
-// memory do. So whoever reads a result too early, or overwrites what is still to be read, gets wrong numbers, and ThreadSanitizer says where.
+// A device that does later what it is asked to do, in order by backend, as on a GPU's streams: each on a thread of its own, or as late as
+// can be, when somebody waits for it. Its memory is not the host's for the scheduler, and copies from and to it do not wait for what is under
+// way, as CUDA's on a stream of their own do not; copies that are asked for in order read their source when it is their turn, as those from
+// pinned memory do. So whoever reads a result too early, or overwrites what is still to be read, gets wrong numbers, and ThreadSanitizer says
+// where.
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -30,90 +31,129 @@ struct async_device {
     bool         uses_host = false; // computes in the host's memory as well
     bool         offloads  = false; // experts of batches from 32 tokens on, wherever they are
     bool         pins      = false; // has memory of the host's that it copies from fast
+    bool         copies    = false; // within its memory, and one backend can wait for another
 
-    std::atomic<size_t> n_pinned{0}; // bytes of experts copied from there
+    size_t n_pinned = 0; // bytes copied from there to experts
+    size_t n_beside = 0; // bytes copied within its memory
 
-    // a place in its work
+    struct stream;
+
+    // a place in a stream's work
     struct event {
-        size_t n_asked = 0;
-        size_t n_done  = 0;
+        stream * of      = nullptr;
+        size_t   n_asked = 0;
+        size_t   n_done  = 0;
+    };
+
+    // a backend's work
+    struct stream {
+        async_device & device;
+
+        std::deque<std::function<void()>> work;
+        int                               n_graphs = 0; // of it
+        bool                              stop     = false;
+        std::thread                       thread;
+
+        explicit stream(async_device & device);
+        ~stream();
+        stream(const stream &) = delete;
+        stream & operator=(const stream &) = delete;
+
+        void push(std::function<void()> f);
+        void wait(const std::function<bool()> & done);
+        void run();
     };
 
     ggml_backend_device dev = {};
     ggml_backend_reg    reg = {};
     ggml_backend_buffer_type buft   = {};
     ggml_backend_buffer_type pinned = {};
-    std::vector<std::pair<const char *, const char *>> pinned_at;
+    std::map<const char *, size_t> pinned_at;
 
-    ggml_backend_ptr                  cpu; // computes
-    std::deque<std::function<void()>> work;
-    int                               n_graphs = 0; // of it
-    bool                              stop = false;
-    std::mutex                        mutex;
-    std::condition_variable           changed;
-    std::thread                       thread;
+    ggml_backend_ptr        cpu; // computes
+    std::mutex              computing;
+    std::vector<stream *>   streams;
+    std::mutex              mutex;
+    std::condition_variable changed;
 
     async_device(const char * name, bool threaded, bool has_events);
-    ~async_device();
     async_device(const async_device &) = delete;
     async_device & operator=(const async_device &) = delete;
-
-    void push(std::function<void()> f) {
-        std::lock_guard<std::mutex> lock(mutex);
-        work.push_back(std::move(f));
-        changed.notify_all();
-    }
 
     // with a graph, and not only with copies
     bool computes() {
         std::lock_guard<std::mutex> lock(mutex);
-        return n_graphs > 0;
+        return std::any_of(streams.begin(), streams.end(), [](const stream * s) { return s->n_graphs > 0; });
     }
 
-    // no longer than until this holds
-    void wait(const std::function<bool()> & done) {
-        std::unique_lock<std::mutex> lock(mutex);
-        for (; !threaded && !done(); work.pop_front()) {
-            lock.unlock();
-            work.front()();
-            lock.lock();
-        }
-        changed.wait(lock, done);
-    }
-
-    void wait() {
-        wait([this]() { return work.empty(); });
-    }
-
-    void wait(const event & e) {
-        wait([&e]() { return e.n_done == e.n_asked; });
-    }
-
-    void record(event & e) {
-        e.n_asked++; // only the host looks at it
-        push([this, &e, n = e.n_asked]() {
+    // until it is so far as it was to be then
+    void wait(const event & e, stream * of, size_t n) {
+        {
             std::lock_guard<std::mutex> lock(mutex);
-            e.n_done = n;
-        });
-    }
-
-    void run() {
-        std::unique_lock<std::mutex> lock(mutex);
-        for (;;) {
-            changed.wait(lock, [this]() { return stop || !work.empty(); });
-            if (work.empty()) {
-                return;
+            if (e.n_done >= n) {
+                return; // the stream may be gone
             }
-            std::function<void()> & f = work.front(); // stays where it is while others are added
-            lock.unlock();
-            std::this_thread::sleep_for(std::chrono::microseconds(200)); // under way when the host goes on
-            f();
-            lock.lock();
-            work.pop_front();
-            changed.notify_all();
         }
+        of->wait([&e, n]() { return e.n_done >= n; });
     }
 };
+
+inline async_device::stream::stream(async_device & device) : device(device) {
+    {
+        std::lock_guard<std::mutex> lock(device.mutex);
+        device.streams.push_back(this);
+    }
+    if (device.threaded) {
+        thread = std::thread([this]() { run(); });
+    }
+}
+
+inline async_device::stream::~stream() {
+    wait([this]() { return work.empty(); });
+    {
+        std::lock_guard<std::mutex> lock(device.mutex);
+        stop = true;
+        device.streams.erase(std::find(device.streams.begin(), device.streams.end(), this));
+        device.changed.notify_all();
+    }
+    if (thread.joinable()) {
+        thread.join();
+    }
+}
+
+inline void async_device::stream::push(std::function<void()> f) {
+    std::lock_guard<std::mutex> lock(device.mutex);
+    work.push_back(std::move(f));
+    device.changed.notify_all();
+}
+
+// no longer than until this holds
+inline void async_device::stream::wait(const std::function<bool()> & done) {
+    std::unique_lock<std::mutex> lock(device.mutex);
+    for (; !device.threaded && !done(); work.pop_front()) {
+        lock.unlock();
+        work.front()();
+        lock.lock();
+    }
+    device.changed.wait(lock, done);
+}
+
+inline void async_device::stream::run() {
+    std::unique_lock<std::mutex> lock(device.mutex);
+    for (;;) {
+        device.changed.wait(lock, [this]() { return stop || !work.empty(); });
+        if (work.empty()) {
+            return;
+        }
+        std::function<void()> & f = work.front(); // stays where it is while others are added
+        lock.unlock();
+        std::this_thread::sleep_for(std::chrono::microseconds(200)); // under way when the host goes on
+        f();
+        lock.lock();
+        work.pop_front();
+        device.changed.notify_all();
+    }
+}
 
 namespace async_impl {
 
@@ -143,7 +183,8 @@ struct graph {
     graph & operator=(const graph &) = delete;
 };
 
-static async_device * of(ggml_backend_t backend) { return (async_device *) backend->context; }
+static async_device::stream * stream_of(ggml_backend_t backend) { return (async_device::stream *) backend->context; }
+static async_device * of(ggml_backend_t backend) { return &stream_of(backend)->device; }
 static async_device * of(ggml_backend_dev_t dev) { return (async_device *) dev->context; }
 
 static const ggml_backend_buffer_i BUFFER = {
@@ -167,32 +208,63 @@ static ggml_backend_buffer_t alloc(ggml_backend_buffer_type_t buft, size_t size)
 
 static ggml_backend_buffer_t alloc_pinned(ggml_backend_buffer_type_t buft, size_t size) {
     ggml_backend_buffer_t buffer = alloc(buft, size);
-    of(buft->device)->pinned_at.emplace_back((const char *) buffer->context, (const char *) buffer->context + size);
+    of(buft->device)->pinned_at[(const char *) buffer->context] = size;
+    buffer->iface.free_buffer = [](ggml_backend_buffer_t buffer) {
+        of(buffer->buft->device)->pinned_at.erase((const char *) buffer->context);
+        free(buffer->context);
+    };
     return buffer;
 }
 
 static void set_async(ggml_backend_t backend, ggml_tensor * t, const void * data, size_t offs, size_t size) {
-    for (const auto & [begin, end] : of(backend)->pinned_at) {
-        of(backend)->n_pinned += data >= begin && data < end && strstr(t->name, "exps") ? size : 0;
+    for (const auto & [begin, length] : of(backend)->pinned_at) {
+        of(backend)->n_pinned += data >= begin && data < begin + length && strstr(t->name, "exps") ? size : 0;
     }
-    of(backend)->push([to = (char *) t->data + offs, data, size]() { memcpy(to, data, size); });
+    stream_of(backend)->push([to = (char *) t->data + offs, data, size]() { memcpy(to, data, size); });
 }
 
 static void get_async(ggml_backend_t backend, const ggml_tensor * t, void * data, size_t offs, size_t size) {
-    of(backend)->push([from = (const char *) t->data + offs, data, size]() { memcpy(data, from, size); });
+    stream_of(backend)->push([from = (const char *) t->data + offs, data, size]() { memcpy(data, from, size); });
+}
+
+static bool copy_async(ggml_backend_t from, ggml_backend_t to, const ggml_tensor * src, ggml_tensor * dst) {
+    if (from != to || ggml_backend_buffer_is_host(src->buffer) || ggml_backend_buffer_is_host(dst->buffer)) {
+        return false;
+    }
+    of(to)->n_beside += ggml_nbytes(dst);
+    stream_of(to)->push([data = src->data, at = dst->data, size = ggml_nbytes(dst)]() { memcpy(at, data, size); });
+    return true;
+}
+
+static void record(ggml_backend_t backend, ggml_backend_event_t event) {
+    async_device::event & e = *(async_device::event *) event->context;
+    e.of = stream_of(backend);
+    e.n_asked++; // only the host looks at it
+    e.of->push([&e, d = of(backend), n = e.n_asked]() {
+        std::lock_guard<std::mutex> lock(d->mutex);
+        e.n_done = n;
+    });
+}
+
+static void wait_for(ggml_backend_t backend, ggml_backend_event_t event) {
+    async_device::event & e = *(async_device::event *) event->context;
+    stream_of(backend)->push([&e, of = e.of, n = e.n_asked]() { of->device.wait(e, of, n); });
 }
 
 static ggml_status compute(ggml_backend_t backend, ggml_cgraph * cgraph) {
-    async_device * d = of(backend);
+    async_device::stream * s = stream_of(backend);
     auto g = std::make_shared<graph>(cgraph);
     {
-        std::lock_guard<std::mutex> lock(d->mutex);
-        d->n_graphs++;
+        std::lock_guard<std::mutex> lock(s->device.mutex);
+        s->n_graphs++;
     }
-    d->push([d, g]() {
-        GGML_ASSERT(ggml_backend_graph_compute(d->cpu.get(), g->copy) == GGML_STATUS_SUCCESS);
-        std::lock_guard<std::mutex> lock(d->mutex);
-        d->n_graphs--;
+    s->push([s, g]() {
+        {
+            std::lock_guard<std::mutex> lock(s->device.computing);
+            GGML_ASSERT(ggml_backend_graph_compute(s->device.cpu.get(), g->copy) == GGML_STATUS_SUCCESS);
+        }
+        std::lock_guard<std::mutex> lock(s->device.mutex);
+        s->n_graphs--;
     });
     return GGML_STATUS_SUCCESS;
 }
@@ -202,13 +274,20 @@ static ggml_backend_t init(ggml_backend_dev_t dev, const char *) {
 
     ggml_backend_i iface = {};
     iface.get_name         = [](ggml_backend_t backend) { return of(backend)->name; };
-    iface.free             = [](ggml_backend_t backend) { of(backend)->wait(); delete backend; };
+    iface.free             = [](ggml_backend_t backend) { delete stream_of(backend); delete backend; };
     iface.set_tensor_async = set_async;
     iface.get_tensor_async = get_async;
-    iface.synchronize      = [](ggml_backend_t backend) { of(backend)->wait(); };
+    iface.synchronize      = [](ggml_backend_t backend) {
+        async_device::stream * s = stream_of(backend);
+        s->wait([s]() { return s->work.empty(); });
+    };
     iface.graph_compute    = compute;
-    iface.event_record     = [](ggml_backend_t backend, ggml_backend_event_t e) { of(backend)->record(*(async_device::event *) e->context); };
-    return new ggml_backend { &guid, iface, dev, of(dev) };
+    iface.event_record     = record;
+    if (of(dev)->copies) {
+        iface.cpy_tensor_async = copy_async;
+        iface.event_wait       = wait_for;
+    }
+    return new ggml_backend { &guid, iface, dev, new async_device::stream(*of(dev)) };
 }
 
 } // namespace async_impl
@@ -254,11 +333,15 @@ inline async_device::async_device(const char * name, bool threaded, bool has_eve
     if (has_events) {
         dev.iface.event_new         = [](ggml_backend_dev_t dev) { return new ggml_backend_event { dev, new event }; };
         dev.iface.event_free        = [](ggml_backend_dev_t dev, ggml_backend_event_t e) {
-            of(dev)->wait(*(event *) e->context);
-            delete (event *) e->context;
+            event * at = (event *) e->context;
+            of(dev)->wait(*at, at->of, at->n_asked);
+            delete at;
             delete e;
         };
-        dev.iface.event_synchronize = [](ggml_backend_dev_t dev, ggml_backend_event_t e) { of(dev)->wait(*(event *) e->context); };
+        dev.iface.event_synchronize = [](ggml_backend_dev_t dev, ggml_backend_event_t e) {
+            const event & at = *(event *) e->context;
+            of(dev)->wait(at, at.of, at.n_asked);
+        };
     }
 
     buft.device = &dev;
@@ -269,19 +352,4 @@ inline async_device::async_device(const char * name, bool threaded, bool has_eve
     pinned = buft;
     pinned.iface.alloc_buffer = alloc_pinned;
     pinned.iface.is_host      = [](ggml_backend_buffer_type_t) { return true; };
-
-    if (threaded) {
-        thread = std::thread([this]() { run(); });
-    }
-}
-
-inline async_device::~async_device() {
-    {
-        std::lock_guard<std::mutex> lock(mutex);
-        stop = true;
-        changed.notify_all();
-    }
-    if (threaded) {
-        thread.join();
-    }
 }

@@ -1,6 +1,6 @@
 // llama_hot_choose on cases from stdin, for comparison with rq_gguf/vram/speed.py: a case's choice per line.
 //
-// A case: layers, experts, experts per token, power, hand-over, the device's experts, seconds per byte in VRAM, bytes for experts, mode, shares known (0 or 1), overlap (0 or 1);
+// A case: layers, experts, experts per token, power, hand-over, that of a layer that is all the host's, the device's experts, seconds per byte in VRAM, bytes for experts, mode, shares known (0 or 1), overlap (0 or 1);
 // then per layer and expert: bytes, seconds on the CPU, share.
 
 #include "llama-hot-choice.h"
@@ -14,7 +14,7 @@ int main() {
     int     mode, known, overlap;
 
     llama_hot_speeds speeds;
-    while (std::cin >> n_layers >> n_expert >> n_used >> power >> speeds.handover >> speeds.experts >> speeds.vram >> bytes >> mode >> known >> overlap) {
+    while (std::cin >> n_layers >> n_expert >> n_used >> power >> speeds.handover >> speeds.whole >> speeds.experts >> speeds.vram >> bytes >> mode >> known >> overlap) {
         std::vector<llama_hot_costs>         costs(n_layers);
         std::vector<const llama_hot_costs *> each;
         for (auto & c : costs) {

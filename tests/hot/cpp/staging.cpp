@@ -1,6 +1,6 @@
-// Experts that go up for prompts by way of pinned memory, to a device that really works beside the host (async_device.h): the numbers are
-// the CPU's, the used experts and no others are copied, and no chunk is filled again before it is read. For tests/hot and
-// tools/sanitize_hot.sh.
+// Experts that go up for prompts by way of pinned memory, and beside what the device computes, to a device that really works beside the host
+// (async_device.h): the numbers are the CPU's, the used experts and no others are copied, and no chunk is filled again before it is read. For
+// tests/hot and tools/sanitize_hot.sh.
 //
 //   staging order|thread MODEL.gguf     the device works as late as can be, or on its own thread; exit status 0 if all holds
 
@@ -21,6 +21,10 @@
 static const int N_EMBD   = 256;
 static const int N_ROWS   = 2048;
 static const int N_EXPERT = 70; // of Q8_0: more than all chunks
+static const int N_LARGE  = 130; // more than twice all chunks
+
+static const size_t CHUNKS = 32*1024*1024; // bytes of all
+static_assert((size_t) N_LARGE*N_ROWS*N_EMBD/32*34 > 2*CHUNKS, "they are filled a third time");
 static const int N_SMALL  = 64; // rows of small experts, of which more lie apart than a chunk has pieces
 static const int N_MANY   = 300;
 static const int N_USED   = 6;
@@ -62,6 +66,11 @@ static std::vector<layer> make_layers() {
     }
     res.push_back({ { q8 }, apart, N_MANY, N_SMALL });
     res.push_back({ { q8 }, all });
+    std::vector<int32_t> large;
+    for (int i = 0; i < N_LARGE; i++) {
+        large.push_back(i);
+    }
+    res.push_back({ { q8 }, large, N_LARGE });
     return res;
 }
 
@@ -118,18 +127,21 @@ static std::vector<float> compute(ggml_backend_t dev, std::vector<layer> & layer
     return res;
 }
 
-static void test_by_hand(async_device & device) {
+// is_pinned: the weights
+static void test_by_hand(async_device & device, bool is_pinned) {
     std::vector<layer> layers = make_layers();
-    ggml_context_ptr ctx(ggml_init({ ggml_tensor_overhead()*64, nullptr, true }));
+    ggml_context_ptr ctx_x(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
+    ggml_context_ptr ctx  (ggml_init({ ggml_tensor_overhead()*64, nullptr, true }));
     for (layer & l : layers) {
         for (const ggml_type type : l.types) {
             l.tiers.push_back(ggml_set_name(ggml_new_tensor_3d(ctx.get(), type, N_EMBD, l.n_rows, l.n_expert), "exps"));
         }
     }
-    ggml_tensor * x = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, N_EMBD, 1, N_TOKENS);
+    ggml_tensor * x = ggml_new_tensor_3d(ctx_x.get(), GGML_TYPE_F32, N_EMBD, 1, N_TOKENS);
 
-    ggml_backend_ptr cpu(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
-    ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors(ctx.get(), cpu.get()));
+    ggml_backend_buffer_type_t host = ggml_backend_cpu_buffer_type();
+    ggml_backend_buffer_ptr buf_x(ggml_backend_alloc_ctx_tensors_from_buft(ctx_x.get(), host));
+    ggml_backend_buffer_ptr buf  (ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), is_pinned ? &device.pinned : host));
     ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
 
     std::mt19937 rng(1);
@@ -138,6 +150,7 @@ static void test_by_hand(async_device & device) {
         ((float *) x->data)[i] = normal(rng);
     }
     size_t expected = 0;
+    size_t first    = 0; // that the chunks hold when a layer begins
     for (layer & l : layers) {
         for (int i = 0; i < N_USED*N_TOKENS; i++) {
             l.ids.push_back(l.picks[rng() % l.picks.size()]);
@@ -156,14 +169,21 @@ static void test_by_hand(async_device & device) {
             }
         }
         expected += used_bytes(l);
+        first    += std::min(used_bytes(l), CHUNKS);
     }
     const auto want = compute(nullptr, layers, x);
     for (const bool pins : { true, false }) {
-        device.pins     = pins;
-        device.n_pinned = 0;
-        ggml_backend_ptr dev(ggml_backend_dev_init(&device.dev, nullptr));
-        CHECK(compute(dev.get(), layers, x) == want);
-        CHECK(device.n_pinned == (pins && device.has_events ? 2*expected : 0));
+        for (const bool copies : { true, false }) {
+            device.pins     = pins;
+            device.copies   = copies;
+            device.n_pinned = 0;
+            device.n_beside = 0;
+            ggml_backend_ptr dev(ggml_backend_dev_init(&device.dev, nullptr));
+            CHECK(compute(dev.get(), layers, x) == want);
+            const bool beside = pins && copies && device.has_events;
+            CHECK(device.n_beside == (beside ? 2*(is_pinned ? expected : first) : 0));
+            CHECK(device.n_pinned == (is_pinned || (pins && device.has_events) ? 2*expected : 0) - device.n_beside);
+        }
     }
 }
 
@@ -190,15 +210,23 @@ static std::vector<float> read_model(const char * path, async_device & device, l
 }
 
 static void test_model(const char * path, async_device & device) {
-    device.offloads = device.pins = false;
+    device.offloads = device.pins = device.copies = false;
     const auto want = read_model(path, device);
     device.offloads = true;
+    device.n_pinned = device.n_beside = 0;
     CHECK(read_model(path, device) == want);
     CHECK(device.n_pinned == 0);
     device.pins = true;
     CHECK(read_model(path, device) == want);
     CHECK((device.n_pinned > 0) == device.has_events);
     CHECK(read_model(path, device, LLAMA_LOAD_MODE_NONE) == want); // the weights are in pinned memory
+    CHECK(device.n_beside == 0);
+    device.copies = true;
+    for (const llama_load_mode mode : { LLAMA_LOAD_MODE_MMAP, LLAMA_LOAD_MODE_NONE }) {
+        device.n_pinned = device.n_beside = 0;
+        CHECK(read_model(path, device, mode) == want);
+        CHECK((device.n_beside > 0) == device.has_events);
+    }
 }
 
 int main(int argc, char ** argv) {
@@ -210,8 +238,8 @@ int main(int argc, char ** argv) {
     log_warnings();
     for (const bool has_events : { true, false }) {
         async_device device("device", threaded, has_events);
-        test_by_hand(device);
-        device.n_pinned = 0;
+        test_by_hand(device, false);
+        test_by_hand(device, true);
         test_model(argv[2], device);
     }
     return 0;

@@ -22,18 +22,26 @@ static bool refused(const char * text) {
 }
 
 static void test_speeds() {
-    const auto s = llama_hot_speeds::parse("ram=5e10,vram=4e11,handover=8e-5,layer=6e-5,experts=2e-5,q4_K=4e10", NAMES);
-    CHECK(std::fabs(s.ram*5e10 - 1) < 1e-12 && std::fabs(s.vram*4e11 - 1) < 1e-12 && s.handover == 8e-5 && s.layer == 6e-5 && s.experts == 2e-5);
+    const auto s = llama_hot_speeds::parse("ram=5e10,vram=4e11,handover=8e-5,layer=6e-5,experts=2e-5,whole=2e-4,q4_K=4e10", NAMES);
+    CHECK(std::fabs(s.ram*5e10 - 1) < 1e-12 && std::fabs(s.vram*4e11 - 1) < 1e-12 && s.handover == 8e-5 && s.layer == 6e-5 && s.experts == 2e-5 && s.whole == 2e-4);
     CHECK(std::fabs(s.ram_of(2)*4e10 - 1) < 1e-12 && s.ram_of(3) == s.ram);
 
     const auto again = llama_hot_speeds::parse(s.str(NAMES), NAMES);
     CHECK(std::fabs(again.ram/s.ram - 1) < 1e-3 && again.by_type.size() == 1 && again.by_type[0].first == 2);
 
-    const auto t = llama_hot_speeds::parse("ram=6e10,vram=3e11,handover=9e-5,layer=5e-5,experts=1e-5,q8_0=7e10,q4_K=3e10", NAMES);
-    for (const auto & both : { llama_hot_speeds::fastest(s, t), llama_hot_speeds::fastest(t, s) }) {
+    const auto t = llama_hot_speeds::parse("ram=6e10,vram=3e11,handover=9e-5,layer=5e-5,experts=1e-5,whole=1e-4,q8_0=7e10,q4_K=3e10", NAMES);
+    const auto u = llama_hot_speeds::parse("ram=1e10,vram=1e12,handover=3e-3,layer=4e-5,experts=9e-5,whole=3e-4,q8_0=8e10", NAMES);
+
+    // of two the better one, of three the middle one; of a type those that know it
+    for (const auto & both : { llama_hot_speeds::typical({ s, t }), llama_hot_speeds::typical({ t, s }) }) {
         CHECK(both.ram == t.ram && both.vram == s.vram && both.handover == s.handover && both.layer == t.layer && both.experts == t.experts);
-        CHECK(both.by_type.size() == 2 && both.ram_of(3) == t.ram_of(3) && both.ram_of(2) == s.ram_of(2));
+        CHECK(both.whole == t.whole && both.by_type.size() == 2 && both.ram_of(3) == t.ram_of(3) && both.ram_of(2) == s.ram_of(2));
     }
+    for (const auto & all : { llama_hot_speeds::typical({ s, t, u }), llama_hot_speeds::typical({ u, s, t }) }) {
+        CHECK(all.ram == s.ram && all.vram == s.vram && all.handover == t.handover && all.layer == t.layer && all.experts == s.experts);
+        CHECK(all.whole == s.whole && all.by_type.size() == 2 && all.ram_of(3) == u.ram_of(3) && all.ram_of(2) == s.ram_of(2));
+    }
+    CHECK(llama_hot_speeds::typical({ u }).str(NAMES) == u.str(NAMES) && s.ram_of(9) == s.ram);
     CHECK(llama_hot_speeds::parse("ram=5e10 vram=4e11 handover=8e-5", NAMES).handover == 8e-5); // commas separate options of programs
 
     for (const char * bad : {
@@ -146,6 +154,10 @@ static void test_overlap() {
     // each is the busier one's with a half, independently: 0, 1 or 2 of them are the host's with 1/4, 1/2 and 1/4
     const auto both = seconds(true);
     CHECK(both[0] == apart[0] && std::fabs(both[1] - (1.0 + 0.5/4 + 2.0/2 + 4.0/4)) < 1e-9 && both[2] == apart[2]);
+
+    speeds.whole = 3.0; // of a layer that is all the host's
+    const auto longer = seconds(true);
+    CHECK(std::fabs(longer[0] - 7.0) < 1e-9 && longer[1] == both[1] && longer[2] == both[2]);
 }
 
 int main() {
