@@ -26,14 +26,14 @@ class Machine:
     context."""
     gpu_experts: float = 15e-6
     """The same of a layer's routed experts, where the GPU holds any."""
-    whole_handover: float = 0.0
-    """`handover` of a layer whose experts are all the CPU's, which copies and sums up more; 0: no more than that."""
     vram: int = 0
     """Bytes of the card, 0 where that does not matter."""
     ram: int = 0
     """Bytes of RAM, 0 where that does not matter."""
     overlap: bool = True
     """The CPU and the GPU compute their parts of a layer at the same time, as the runtime has it unless `rq.vram_overlap` says no."""
+    whole_handover: float = 0.0
+    """`handover` of a layer whose experts are all the CPU's, which copies and sums up more; 0: no more than that."""
     type_cost: dict[str, float] = field(default_factory=dict)
     """ggml type -> how many times longer a byte of it takes the CPU, where arithmetic and not memory is the limit; 1 for others."""
 
