@@ -196,13 +196,12 @@ def measure(s: Setting, programs: Path, prompts: str, sequences: list[int], load
     into.hits += [share for share in (float(h) / 100 for h in _HITS.findall(done.stderr)) if share > 0]
 
 
-def table(model: Model, threads: int, parts: list[float], results: dict[Setting, Measured]) -> list[str]:
-    """Rows by part."""
+def table(model: Model, threads: int, parts: list[float], results: dict[Setting, Measured], speeds: Speeds | None) -> list[str]:
+    """Rows by part. speeds: by all runs on the model."""
 
     def of(part: float, ours: bool) -> Measured:
         return results[Setting(model, threads, part, ours)]
 
-    speeds = typical([f for s, r in results.items() if (s.model, s.threads) == (model, threads) for f in r.found])
     tests = in_order(of(parts[0], False).speeds)
     head = ["in VRAM", "caught", *(f"{t}: stock, ours" for t in tests), "predicted tg128: layout, stock, ours"]
     lines = [f"{model.path.name}, {threads} threads", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -284,8 +283,8 @@ def main() -> None:
     text = []
     for m in models:
         for t in threads:
-            text += [*table(m, t, parts, results), ""]
             found = typical([f for s, r in results.items() if (s.model, s.threads) == (m, t) for f in r.found])
+            text += [*table(m, t, parts, results, found), ""]
             if found is None:
                 continue
             text += [f"the runtime's speeds: {found}", ""]

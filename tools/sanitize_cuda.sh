@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Busy experts in VRAM under NVIDIA's compute-sanitizer: placement, the hand-over between CPU and GPU, and exchanges, for a prompt at once
-# and in batches of 8, then 100 tokens (racecheck, which is slow: 16). A quarter of the experts has slots. PROGRAMS: where llama-completion lies, built with CUDA from the
-# patched tree. Fails on any finding, and where nothing was exchanged. What CUDA's functions return is not looked at: llama.cpp does, and
-# that a graph cannot be updated, upon which it makes a new one, is no fault.
+# and in batches of 8, then 100 tokens (racecheck, which is slow: 16). A quarter of the experts has slots. PROGRAMS: where llama-completion
+# lies, built with CUDA from the patched tree. Fails on any finding, and where nothing was exchanged. What CUDA's functions return is not
+# looked at: llama.cpp does, and that a graph cannot be updated, upon which it makes a new one, is no fault.
 #
 #   bash tools/sanitize_cuda.sh MODEL.gguf PROGRAMS      a small model, three minutes
 set -euo pipefail

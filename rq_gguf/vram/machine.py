@@ -37,6 +37,10 @@ class Machine:
     type_cost: dict[str, float] = field(default_factory=dict)
     """ggml type -> how many times longer a byte of it takes the CPU, where arithmetic and not memory is the limit; 1 for others."""
 
+    def handover_with(self, slots: int) -> float:
+        """Seconds of a layer with so many experts in VRAM, not all of them."""
+        return max(self.whole_handover, self.handover) if slots == 0 else self.handover
+
     def ram_seconds(self, type_name: str, size: float) -> float:
         """Seconds for so many bytes of a type on the CPU."""
         return size * self.type_cost.get(type_name, 1.0) / self.ram_bandwidth

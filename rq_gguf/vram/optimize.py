@@ -17,7 +17,7 @@ import numpy as np
 from rq_gguf.planning.fill import Candidate, Planner
 from rq_gguf.planning.lagrange import Flags, Floats, Ints, relax
 from rq_gguf.vram.machine import Machine
-from rq_gguf.vram.speed import Layout, handovers
+from rq_gguf.vram.speed import Layout
 
 _ROUNDS = 3
 _HALVINGS = 14
@@ -181,7 +181,7 @@ def fastest(
             continue
         choice, prices = found[0], found[1].as_start(prices)
         split = planner.n_layers - layout.whole if layout.slots < planner.n_expert else 0
-        seconds = choice.seconds + float(handovers(machine, np.array(layout.slots))) * split
+        seconds = choice.seconds + machine.handover_with(layout.slots) * split
         if best is None or seconds < best[0]:
             best = seconds, problem, prices
     if best is None:

@@ -167,15 +167,10 @@ def decode_table(experts: Experts, rest: Rest, machine: Machine, power: float, s
         layer = longer(slow, fast, wanted, experts.n_used, machine.gpu_experts)
     else:
         layer = np.maximum(slow, machine.gpu_experts + fast)
-    layer[:, 0] = slow[:, 0]  # the GPU has none
-    layer[:, :-1] += handovers(machine, np.arange(layer.shape[1] - 1))
+    layer[:, 0] = slow[:, 0] + machine.handover_with(0)  # the GPU has none
+    layer[:, 1:-1] += machine.handover
     base = rest.bytes / machine.vram_bandwidth + rest.layers * machine.gpu_layer
     return Table(_mixed(_before(experts, experts.bytes)), base + _mixed(layer))
-
-
-def handovers(machine: Machine, slots: Ints) -> Floats:
-    """Seconds of a layer with so many experts in VRAM, not all of them."""
-    return np.where(slots == 0, max(machine.whole_handover, machine.handover), machine.handover)
 
 
 def longer(slow: Floats, fast: Floats, chance: Floats, n: int, always: float = 0.0) -> Floats:
